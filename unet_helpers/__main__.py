@@ -1,0 +1,228 @@
+"""The command line: `python -m unet_helpers prepare|train|evaluate|predict|benchmark`.
+
+Every setting of a run is a flag that is called as in `config.yaml`: `--training.epochs 20`. A YAML file given with
+`--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings; 130
+when interrupted.
+"""
+
+import datetime
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from unet_helpers.config import Config, DataConfig, RunError, UserError, check_config, from_parsed, one_line
+
+DATA_SETS = ("sample", "drive", "folder")
+
+
+class Parser(ArgumentParser):
+    """A parser that complains in one line and takes no abbreviations."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Say what is wrong, without usage and tips around it."""
+        command = self.prog.replace(" [options]", "")
+        raise UserError(f"{one_line(message)} (see `{command} --help`)") from ex
+
+
+def prepare_arguments(parser: Parser) -> None:
+    """Arguments of `prepare`."""
+    parser.add_argument("name", choices=DATA_SETS, help="which data set")
+    parser.add_argument("--data-root", default="data", help="where it lies, at any depth, or is put")
+    parser.add_argument("--output", default="data", help="where the lists of images are written")
+    parser.add_argument("--no-download", action="store_true", help="do not fetch what is missing")
+    parser.add_argument("--offline", help="also write the set, augmented once for all, to this new folder")
+    parser.add_class_arguments(DataConfig, "data", skip={"name", "root"})
+
+
+def prepare_command(args: Namespace) -> None:
+    """Check a data set, fetch it where that is possible, and list its images by split.
+
+    Writes OUTPUT/NAME_{train,val,test}.csv with the columns image, mask, field_of_view, group and split.
+    """
+    from unet_helpers.augmentation import expand_offline
+    from unet_helpers.prepare import prepare
+
+    data = DataConfig(name=args.name, root=args.data_root, **args.data.as_dict())
+    check_config(Config(data=data))
+    print(prepare(data, Path(args.output), download=not args.no_download))
+    if args.offline:
+        print(expand_offline(data, Path(args.offline)))
+
+
+def settings_arguments(parser: Parser) -> None:
+    """Every setting of a run as a flag, and `--config`."""
+    parser.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+    parser.add_class_arguments(Config)
+
+
+def train_arguments(parser: Parser) -> None:
+    """Arguments of `train`."""
+    parser.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
+    parser.add_argument(
+        "--resume", help="go on with the interrupted run in this folder; other settings are taken from it"
+    )
+    settings_arguments(parser)
+
+
+def train_command(args: Namespace) -> None:
+    """Train a network. Without arguments: a small one, on built-in sample data, in about two minutes on a CPU.
+
+    On several GPUs or machines: `torchrun --nproc-per-node 4 -m unet_helpers train ...`.
+    """
+    from unet_helpers.training import train
+
+    if args.run and args.resume:
+        raise UserError("--run starts a new run and --resume goes on with one: give one of them.")
+    config = settings(args)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run = args.resume or args.run or f"checkpoints/{config.data.name}-{stamp}"
+    metrics = train(config, run, resume=bool(args.resume))
+    if metrics:  # on the main process
+        threshold = "" if metrics["threshold"] is None else f", threshold {metrics['threshold']}"
+        print(
+            f"Validation Dice {metrics['val']['dice']:.4f} (epoch {metrics['best_epoch']}{threshold}). Written to {run}."
+        )
+
+
+def run_arguments(parser: Parser) -> None:
+    """Arguments that `evaluate` and `predict` share."""
+    parser.add_argument("run", help="folder of a trained run")
+    parser.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+
+
+def evaluate_arguments(parser: Parser) -> None:
+    """Arguments of `evaluate`."""
+    run_arguments(parser)
+    parser.add_argument("--data", choices=DATA_SETS, help="data set; by default the run's own")
+    parser.add_argument("--data-root", help="where it lies; by default where it lay in training")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="test", help="which part of it")
+    parser.add_argument("--compare", help="another run: print the paired difference in Dice")
+    parser.add_argument("--save", action="store_true", help="also write the scores to the run's metrics.json")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def evaluate_command(args: Namespace) -> None:
+    """Score a run: all pixels of a split pooled, at native size, with the threshold chosen in training."""
+    from unet_helpers.evaluation import compare, evaluate
+    from unet_helpers.runs import load_run
+    from unet_helpers.system import without_nan
+
+    data = load_run(args.run).config.data
+    data = replace(data, name=args.data or data.name, root=args.data_root or data.root)
+    options = {"data": data, "split": args.split, "flips": not args.no_flips, "device": args.device}
+    scores = evaluate(args.run, save=args.save, **options)
+    if args.compare:
+        scores["compared"] = compare(args.run, args.compare, **options)
+    if args.json:
+        print(json.dumps(without_nan(scores)))
+        return
+    for name, value in scores.items():
+        if isinstance(value, float):
+            print(f"{name:16} {value:.4f}")
+        elif name in ("dice_ci95", "compared", "undefined", "n_images", "correct", "total"):
+            print(f"{name:16} {value}")
+
+
+def predict_arguments(parser: Parser) -> None:
+    """Arguments of `predict`."""
+    run_arguments(parser)
+    parser.add_argument("paths", nargs="+", help="image files or folders of them")
+    parser.add_argument("--output", help="where to write; by default predictions/RUN")
+    parser.add_argument("--truth", help="ground truth, a folder of masks: also writes error maps")
+    parser.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
+
+
+def predict_command(args: Namespace) -> None:
+    """Predict images: STEM_mask.png and STEM_probability.png (16 bit) for each, at its own size."""
+    from unet_helpers.prediction import predict
+
+    output = Path(args.output or Path("predictions") / Path(args.run).resolve().name)
+    masks = predict(args.run, args.paths, output, not args.no_flips, args.device, args.truth, args.gif)
+    print(f"{len(masks)} predicted, written to {output}.")
+
+
+def benchmark_arguments(parser: Parser) -> None:
+    """Arguments of `benchmark`."""
+    parser.add_argument(
+        "--size", type=tuple[int, int], default=(584, 565), help="of the image to predict: height, width"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="how often everything is measured")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    settings_arguments(parser)
+
+
+def benchmark_command(args: Namespace) -> None:
+    """Measure speed and memory of training and prediction: medians and quartiles."""
+    from unet_helpers.benchmark import benchmark
+
+    if min(args.size) < 1 or args.steps < 1:
+        raise UserError("--size and --steps must be at least 1.")
+    result = benchmark(settings(args), tuple(args.size), args.steps)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{name:22} {value['median']:.4g}  ({value['low']:.4g} to {value['high']:.4g})")
+        else:
+            print(f"{name:22} {value:.4g}" if isinstance(value, float) else f"{name:22} {value}")
+
+
+COMMANDS = {
+    "prepare": (prepare_command, prepare_arguments),
+    "train": (train_command, train_arguments),
+    "evaluate": (evaluate_command, evaluate_arguments),
+    "predict": (predict_command, predict_arguments),
+    "benchmark": (benchmark_command, benchmark_arguments),
+}
+
+
+def settings(args: Namespace) -> Config:
+    """The configuration among parsed arguments."""
+    values = args.as_dict()
+    return from_parsed({name: values[name] for name in ("seed", "data", "augmentation", "model", "training")})
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """Turn a command line into settings; with `train --resume RUN`, the run's own settings come before the flags."""
+    parser = Parser(prog="python -m unet_helpers", description=__doc__.split("\n\n")[1])
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (function, add_arguments) in COMMANDS.items():
+        command = Parser(description=function.__doc__)
+        add_arguments(command)
+        commands.add_subcommand(name, command, help=function.__doc__.split("\n")[0])
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if arguments[0] == "train" and name == "--resume":
+            run = Path(value or " ".join(arguments[index + 1 : index + 2]))
+            if not (run / "config.yaml").is_file():
+                raise UserError(f"{run}: there is nothing to resume, config.yaml is missing.")
+            arguments = ["train", "--config", str(run / "config.yaml"), *arguments[1:]]
+            break
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = parse(arguments)
+        COMMANDS[args.command][0](args[args.command])
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Random changes to a training image while it is on its way into the network: no two epochs show the same picture.
+
+Geometry comes first and is applied in a single interpolation, straight from the whole image into the patch: centre,
+rotation, scale and elastic deformation together. Then flips, then changes of light and noise, which leave the mask
+alone. The image is interpolated linearly, the mask and the field of view by nearest neighbour, so that no class index
+is invented; whatever comes from outside the image is 255 in the mask and outside the field of view. All of it depends
+on the seed alone. Albumentations supplies flips, gamma and noise, and puts the steps in order.
+"""
+
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or importing it contacts the package index
+
+import albumentations as A
+import cv2
+
+from unet_helpers.config import IGNORE, AugmentationConfig
+
+Augmentation = Callable[
+    [np.ndarray, np.ndarray, np.ndarray, int | Sequence[int]], tuple[np.ndarray, np.ndarray, np.ndarray]
+]
+
+cv2.setNumThreads(0)  # a patch is too small to share between threads; loader workers run side by side instead
+
+
+class RandomPatch(A.DualTransform):
+    """Cut a square patch around a random point of the image: rotated, scaled and deformed in one interpolation.
+
+    The centre lies anywhere in the image, so a pixel at the edge is seen half as often as one in the middle; patches
+    that must lie inside the image would almost never show it. The elastic deformation is that of the U-Net paper
+    (Ronneberger et al. 2015, section 3.1): random displacements on a coarse 3 x 3 grid, interpolated bicubically, whose
+    standard deviation is the paper's 10 pixels for a patch of 512 and smaller in proportion.
+    """
+
+    def __init__(self, size: int, rotation: float, scale: tuple[float, float], elastic: float):
+        super().__init__(p=1.0)
+        self.size, self.rotation, self.scale, self.elastic = size, rotation, scale, elastic
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw where the patch lies: the affine matrix that maps patch to image, and for elastic ones a map."""
+        rng, middle = self.random_generator, (self.size - 1) / 2
+        height, width = params["shape"][:2]
+        # Centred on a pixel (odd size) or between pixels (even size): without rotation or scale nothing is blurred.
+        x, y = (math.floor(rng.uniform(0, length)) + middle % 1 for length in (width, height))
+        angle = math.radians(rng.uniform(-self.rotation, self.rotation))
+        magnification = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
+        cosine, sine = math.cos(angle) / magnification, math.sin(angle) / magnification
+        matrix = np.array([[cosine, -sine, 0], [sine, cosine, 0]])
+        matrix[:, 2] = [x, y] - matrix[:, :2] @ [middle, middle]
+        deformed = rng.random() < self.elastic
+        grid = rng.normal(0, 10 * self.size / 512, (3, 3, 2)) if deformed else None
+        return {"matrix": matrix, "grid": grid}
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, **params: Any) -> np.ndarray:
+        """Photograph to patch, linearly, 0 outside."""
+        return self._warp(img, matrix, grid, cv2.INTER_LINEAR, 0)
+
+    def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, **params: Any) -> np.ndarray:
+        """Mask (or field of view as 0/1) to patch, by nearest neighbour, 255 outside."""
+        return self._warp(mask, matrix, grid, cv2.INTER_NEAREST, IGNORE)
+
+    def _warp(
+        self, array: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, interpolation: int, fill: int
+    ) -> np.ndarray:
+        # Only the window around the patch goes to OpenCV, which refuses images of more than 32767 pixels a side.
+        corners = matrix @ np.array([[0, self.size, 0, self.size], [0, 0, self.size, self.size], [1, 1, 1, 1]])
+        margin = 2 + (0 if grid is None else math.ceil(1.5 * np.abs(grid).max()))
+        left, top = np.maximum(0, np.floor(corners.min(axis=1)).astype(int) - margin)
+        right, bottom = np.maximum(1, np.ceil(corners.max(axis=1)).astype(int) + margin)
+        window = np.ascontiguousarray(array[top:bottom, left:right])
+        matrix = matrix - [[0, 0, left], [0, 0, top]]
+        options = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}
+        if grid is None:
+            flags = interpolation | cv2.WARP_INVERSE_MAP
+            return cv2.warpAffine(window, matrix, (self.size, self.size), flags=flags, **options)
+        rows, columns = np.mgrid[: self.size, : self.size].astype(np.float32)
+        moved = cv2.resize(grid.astype(np.float32), (self.size, self.size), interpolation=cv2.INTER_CUBIC)
+        source = moved + np.stack(
+            [matrix[axis, 0] * columns + matrix[axis, 1] * rows + matrix[axis, 2] for axis in (0, 1)], axis=-1
+        )
+        return cv2.remap(window, source.astype(np.float32), None, interpolation, **options)
+
+
+class ChannelLight(A.ImageOnlyTransform):
+    """Change brightness (an offset) and contrast (a gain) of each colour channel on its own.
+
+    A change that all channels share is mostly undone by normalising whole images, as prediction does;
+    what differs between cameras and eyes is the colour.
+    """
+
+    def __init__(self, brightness: float, contrast: float):
+        super().__init__(p=1.0)
+        self.brightness, self.contrast = brightness, contrast
+
+    def get_params(self) -> dict[str, Any]:
+        """Draw gain and offset of each channel."""
+        gain = self.random_generator.uniform(1 - self.contrast, 1 + self.contrast, 3)
+        return {"gain": gain, "offset": self.random_generator.uniform(-self.brightness, self.brightness, 3)}
+
+    def apply(self, img: np.ndarray, gain: np.ndarray, offset: np.ndarray, **params: Any) -> np.ndarray:
+        """Photograph uint8, or float32 in 0..1, to the same."""
+        if img.dtype == np.uint8:
+            table = np.arange(256)[:, None] * gain + 255 * offset
+            return cv2.LUT(img, table.round().clip(0, 255).astype(np.uint8)[None])
+        return (img * gain + offset).clip(0, 1).astype(np.float32)
+
+
+def make_augmentation(config: AugmentationConfig) -> Augmentation:
+    """Build the augmentation that `config` describes.
+
+    Returns:
+        A function of (image, mask, view, seed): image uint8 (H, W, 3), or float32 in 0..1; mask uint8 (H, W); view bool
+        (H, W), the field of view; seed an integer or a sequence of integers. It returns the three as patches of
+        `config.patch_size`, same types; the same seed gives the same patch, in any process. It can be pickled.
+    """
+    steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
+    if config.flips:
+        steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+    if config.gamma:
+        steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))
+    if config.brightness or config.contrast:
+        steps.append(ChannelLight(config.brightness, config.contrast))
+    if config.noise:
+        steps.append(A.GaussNoise((0.0, config.noise), p=1.0))
+    return partial(_augment, A.Compose(steps, additional_targets={"view": "mask"}))
+
+
+def _augment(pipeline: A.Compose, image: np.ndarray, mask: np.ndarray, view: np.ndarray, seed: int | Sequence[int]):
+    rng = np.random.default_rng(seed)
+    # One stream for all steps: `set_random_seed` starts each at the same number, and both flips would fall together.
+    pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))
+    patch = pipeline(image=image, mask=mask, view=view.astype(np.uint8))
+    return patch["image"], patch["mask"], patch["view"] == 1

@@ -1,0 +1,106 @@
+"""How fast a network trains and predicts on this machine, as medians with their spread, and what it needs."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from unet_helpers.config import Config, check_config
+from unet_helpers.datasets import TrainingPatches
+from unet_helpers.evaluation import samples_of
+from unet_helpers.losses import SegmentationLoss
+from unet_helpers.model import build_model, count_parameters
+from unet_helpers.prediction import predict_probabilities
+from unet_helpers.system import describe_device
+from unet_helpers.training import SharedBatches, make_accelerator, train_step
+
+
+def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 12, warmup: int = 3) -> dict:
+    """Measure training and prediction with the configured model, data and device.
+
+    Args:
+        config: as for training.
+        size: height and width of the image that is predicted; DRIVE's by default.
+        steps: how often each thing is measured.
+        warmup: how often it is done before, without measuring: the first steps choose kernels and fill caches.
+
+    Returns:
+        For `training_step_seconds`, `data_seconds` (waiting for and moving a batch's data), `images_per_second`,
+        `predict_seconds` (one image) and `predict_flips_seconds` each {"median", "low", "high"}, the latter the
+        quartiles; `data_share` of the time of a step; `peak_memory_gib` of the GPU, on a CPU of the whole process.
+    """
+    check_config(config)
+    accelerator, settings = make_accelerator(config), config.training
+    device = accelerator.device
+    patches = TrainingPatches(samples_of(config, "train"), config)
+    torch.manual_seed(config.seed)
+    network = build_model(config.model).to(device)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
+    model, optimiser = accelerator.prepare(network.train(), optimiser)
+    loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
+    batches = SharedBatches(0, warmup + steps, settings.batch_size, 0, 1)
+    loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
+    waits, totals = [], []
+    for _ in range(warmup + steps):
+        started = clock(device)
+        images, masks = next(loader)
+        loaded = clock(device)
+        train_step(model, optimiser, loss_function, accelerator, images, masks, 1e-4, settings.clip_norm)
+        waits.append(loaded - started)
+        totals.append(clock(device) - started)
+    waits, totals = np.array(waits[warmup:]), np.array(totals[warmup:])
+
+    plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
+    image = torch.randn(3, *size, device=device)
+    return {
+        "device": describe_device(device),
+        "precision": accelerator.mixed_precision,
+        "parameters": count_parameters(plain),
+        "batch_size": settings.batch_size,
+        "patch_size": config.augmentation.patch_size,
+        "image_size": list(size),
+        "training_step_seconds": spread(totals),
+        "data_seconds": spread(waits),
+        "data_share": float(waits.sum() / totals.sum()),
+        "images_per_second": spread(settings.batch_size / totals),
+        "predict_seconds": spread(measure(lambda: predict_probabilities(plain, image, False), device, steps, warmup)),
+        "predict_flips_seconds": spread(measure(lambda: predict_probabilities(plain, image), device, steps, warmup)),
+        "peak_memory_gib": peak_memory(device),
+    }
+
+
+def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> np.ndarray:
+    """Seconds that each of `steps` runs of `work` takes."""
+    seconds = []
+    for _ in range(warmup + steps):
+        started = clock(device)
+        work()
+        seconds.append(clock(device) - started)
+    return np.array(seconds[warmup:])
+
+
+def clock(device: torch.device) -> float:
+    """The time, once everything handed to the device has been done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    return {"median": median, "low": low, "high": high}
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB of GPU memory that was allocated at most; on a CPU, of the whole process's memory, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,235 @@
+"""Score a network under one protocol: native size, pixels marked 255 left out, counts pooled over all images.
+
+The threshold comes from the run's own `metrics.json`, where training put it after looking at validation images only.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import Dataset
+
+from unet_helpers import metrics
+from unet_helpers.config import IGNORE, Config, DataConfig, UserError
+from unet_helpers.datasets import WholeImages, find_samples
+from unet_helpers.losses import SegmentationLoss
+from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix
+from unet_helpers.prediction import predict_logits, predict_probabilities
+from unet_helpers.runs import load_run
+from unet_helpers.scores import ONE_IMAGE, bootstrap_interval, cldice, defined_mean, dice, paired_difference, undefined
+from unet_helpers.system import find_device, write_json
+
+
+@dataclass
+class Evaluation:
+    """What was counted on a set of images, from which every score follows.
+
+    Attributes:
+        num_classes: 1 for binary.
+        table: pooled counts over all images.
+        one_vs_rest: for several classes, a histogram of each class's probability.
+        names: of the images.
+        image_counts: per image tp, fp, fn, tn: (4,), for several classes (K, 4).
+        skeletons: per image the counts that clDice needs; binary only.
+    """
+
+    num_classes: int
+    table: BinaryHistogram | ConfusionMatrix
+    one_vs_rest: list[BinaryHistogram] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    image_counts: list[np.ndarray] = field(default_factory=list)
+    skeletons: list[np.ndarray] = field(default_factory=list)
+
+    def counts(self) -> np.ndarray:
+        """Counts for `statistics`: (N, 4), for several classes (1, N, K, 4)."""
+        counts = np.stack(self.image_counts)
+        return counts if self.num_classes == 1 else counts[None]
+
+
+def choose_threshold(model: nn.Module, images: Dataset, device: torch.device) -> float:
+    """The threshold with the highest pooled Dice on (validation) images, flips averaged; see `score_images`."""
+    histogram = BinaryHistogram(device)
+    for index in range(len(images)):
+        image, mask, _ = images[index]
+        histogram.update(predict_probabilities(model, image.to(device))[None], mask[None].to(device))
+    return histogram.best_threshold()
+
+
+def score_images(
+    model: nn.Module,
+    images: Dataset,
+    num_classes: int,
+    device: torch.device,
+    threshold: float | None,
+    flips: bool = True,
+) -> Evaluation:
+    """Predict images one by one at their own size and count.
+
+    Args:
+        model: on `device`, in evaluation mode.
+        images: yields (float32 (C, H, W) normalised, int64 (H, W), name).
+        num_classes: 1 for binary.
+        device: where to compute.
+        threshold: probability from which a pixel is foreground; unused for several classes.
+        flips: average over mirror images.
+    """
+    table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
+    result = Evaluation(num_classes, table)
+    if num_classes > 1:
+        result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)]
+    for index in range(len(images)):
+        image, mask, name = images[index]
+        mask = mask[None].to(device)
+        probability = predict_probabilities(model, image.to(device), flips)[None]
+        result.names.append(name)
+        if num_classes == 1:
+            table.update(probability, mask)
+            predicted = metrics.foreground(probability, threshold)
+            result.skeletons.append(metrics.cldice_counts(predicted[0], mask[0]))
+        else:
+            predicted = probability.argmax(1)
+            table.update(predicted, mask)
+            for k, histogram in enumerate(result.one_vs_rest):
+                histogram.update(probability[:, k], torch.where(mask == IGNORE, mask, (mask == k).long()))
+        result.image_counts.append(metrics.image_counts(predicted, mask, num_classes)[0])
+    return result
+
+
+def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
+    """All scores of the protocol as one dictionary; what is 0/0 is NaN and `undefined` says why."""
+    counts = np.stack(result.image_counts)
+    if result.num_classes == 1:
+        scores = result.table.scores(threshold)
+        scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
+        score, per_image = dice, dice(counts)
+    else:
+        scores = result.table.scores()
+        for name in ("roc_auc", "pr_auc"):
+            scores[name] = float(defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
+        scores["cldice"] = float("nan")
+        score = mean_dice
+        per_image = mean_dice(counts)
+    reasons = undefined(scores)
+    if result.num_classes > 1:
+        reasons["cldice"] = "defined for binary masks only"
+    elif len(counts) == 1:
+        reasons["dice_ci95"] = ONE_IMAGE
+    order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
+    return {
+        **{name: scores[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
+        "threshold": threshold,
+        "dice_ci95": list(bootstrap_interval(result.counts(), score)),
+        "mean_image_dice": float(defined_mean(per_image)),
+        "per_image_dice": dict(zip(result.names, per_image.tolist(), strict=True)),
+        "tta": flips,
+        "n_images": len(counts),
+        "n_pixels": scores["total"],
+        **({"per_class": scores["per_class"]} if result.num_classes > 1 else {}),
+        "undefined": reasons,
+    }
+
+
+def mean_dice(counts: np.ndarray) -> np.ndarray:
+    """Mean of the classes' Dice, (..., K, 4) -> (...); classes for which it is undefined are left out."""
+    return defined_mean(dice(counts))
+
+
+def evaluate(
+    run: Path | str,
+    data: DataConfig | None = None,
+    split: str = "test",
+    flips: bool = True,
+    device: str = "auto",
+    save: bool = False,
+) -> dict:
+    """Score a run on one split of a data set.
+
+    Args:
+        run: its folder.
+        data: the data set; the one it was trained on by default.
+        split: `train`, `val` or `test`.
+        flips: average over mirror images, as `predict` does.
+        device: as in the configuration.
+        save: also write the scores into the run's `metrics.json`, under the split's name, and count the reading.
+
+    Returns:
+        The scores; see `summarise`.
+
+    Raises:
+        UserError: if the run, the data or the split cannot be used.
+    """
+    opened, result = score_run(run, data, split, flips, device)
+    scores = summarise(result, opened.threshold, flips)
+    if save:
+        reads = opened.metrics.get("reads", {})
+        opened.metrics |= {split: scores, "reads": reads | {split: reads.get(split, 0) + 1}}
+        write_json(opened.path / "metrics.json", opened.metrics)
+    return scores
+
+
+def compare(
+    run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split: str = "test", **options
+) -> dict:
+    """Dice of run A minus Dice of run B on the same images, with its paired bootstrap interval over images."""
+    a, b = (score_run(run, data, split, **options)[1] for run in (run_a, run_b))
+    if a.names != b.names or a.num_classes != b.num_classes:
+        raise UserError(f"{run_a} and {run_b} cannot be compared: they differ in their images or classes.")
+    return paired_difference(a.counts(), b.counts(), dice if a.num_classes == 1 else mean_dice)
+
+
+def score_run(run: Path | str, data: DataConfig | None, split: str, flips: bool = True, device: str = "auto"):
+    """Open a run and count on one split: (Run, Evaluation)."""
+    opened, target = load_run(run), find_device(device)
+    config = replace(opened.config, data=data or opened.config.data)
+    images = WholeImages(samples_of(config, split), config)
+    model = opened.model.to(target, memory_format=torch.channels_last)
+    return opened, score_images(model, images, config.model.num_classes, target, opened.threshold, flips)
+
+
+def samples_of(config: Config, split: str) -> list:
+    """The samples of one split, of which there must be some."""
+    samples = [sample for sample in find_samples(config.data) if sample.split == split]
+    if not samples:
+        raise UserError(f"data.name={config.data.name}: the split {split} holds no images.")
+    return samples
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss, accelerator: Accelerator) -> dict:
+    """The quick look after every epoch: one plain prediction an image, shared among the processes.
+
+    Returns:
+        `loss` over all images together, `accuracy` with `correct` and `total` pixels at threshold .5, and `dice` at the
+        `threshold` that makes it largest (several classes: the most probable class, mean Dice, threshold None).
+    """
+    device, num_classes = accelerator.device, loss_function.num_classes
+    table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64)
+    for index in range(accelerator.process_index, len(images), accelerator.num_processes):
+        image, mask, _ = images[index]
+        logits, mask = predict_logits(model, image[None].to(device)), mask[None].to(device)
+        sums += loss_function.sums(logits, mask).double().cpu()
+        table.update(metrics.probabilities(logits) if num_classes == 1 else logits.argmax(1), mask)
+    model.train(was_training)
+    table.reduce(lambda counts: accelerator.reduce(counts, "sum"))
+    sums = accelerator.reduce(sums.to(device, torch.float64 if device.type != "mps" else torch.float32), "sum")
+    if num_classes == 1:
+        threshold = table.best_threshold()
+        scores, counts = table.scores(threshold), table.counts(0.5)
+        correct = int(counts[0] + counts[3])
+    else:
+        threshold, scores = None, table.scores()
+        correct = scores["correct"]
+    return {
+        "loss": loss_function.from_sums(sums).item(),
+        "accuracy": correct / scores["total"] if scores["total"] else float("nan"),
+        "correct": correct,
+        "total": scores["total"],
+        "dice": scores["dice"],
+        "threshold": threshold,
+    }

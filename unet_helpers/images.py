@@ -1,0 +1,233 @@
+"""Picture files as arrays: what a file means as a photograph, what it means as a mask, and where its field of view is.
+
+The same file format means different things on the two sides of a sample. A photograph is made of colours; a mask is
+made of numbers, and how a viewer colours them says nothing. So photographs go through `read_image`, masks through
+`read_mask_values`, and `mask_meaning` decides once for a whole data set what 1 and 255 stand for.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from unet_helpers.config import IGNORE, UserError
+
+Meaning = Literal["binary", "classes"]
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Files in a folder (not below it) whose names end like a picture's, sorted; hidden ones do not count.
+
+    Raises `UserError` if there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    endings = Image.registered_extensions()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    paths = [path for path in paths if not path.name.startswith(".")]
+    if not paths:
+        raise UserError(f"{folder}: no pictures in this folder: put some there, or name another folder")
+    return paths
+
+
+def _open(path: str | Path) -> Image.Image:
+    """Open and decode a picture completely, turned upright as its EXIF orientation says."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'this is a folder, not a picture' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty (0 bytes): copy or download it again")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return ImageOps.exif_transpose(picture)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: too large to open safely ({error}): cut it into smaller pictures") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever they like: OSError, SyntaxError, struct.error, ...
+        raise UserError(
+            f"{path}: not a readable picture, or damaged ({' '.join(str(error).split())}): copy or download it again"
+        ) from error
+
+
+def _has_deep_colour(path: str | Path) -> bool:
+    """Whether a colour picture holds 16 bits per channel: Pillow silently keeps the upper 8 of them."""
+    with Image.open(path) as picture:
+        return picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a photograph: uint8 (H, W, 3) in 0..255, or float32 (H, W, 3) in 0..1 if the file has more than 8 bits.
+
+    Deep pictures are stretched from their own minimum and maximum to 0..1, since a 16-bit file may come from a
+    12-bit camera and a float file may have any range. Grey becomes three equal channels, palettes become colours,
+    an alpha channel is dropped (transparent pixels keep the colour stored beneath), EXIF orientation is followed, and
+    of several frames or pages the first counts. Raises `UserError`, which names the file, if it cannot be read.
+    """
+    picture = _open(path)
+    if picture.mode in DEEP_MODES:
+        return _stretch(np.array(picture))
+    if _has_deep_colour(path):
+        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+        if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
+            return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
+    return np.array(picture.convert("RGB"))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 0..1; what is not finite becomes 0."""
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
+    return np.ascontiguousarray(np.broadcast_to(scaled[..., None], (*scaled.shape, 3)) if scaled.ndim == 2 else scaled)
+
+
+def read_mask_values(path: str | Path) -> np.ndarray:
+    """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored.
+
+    Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
+    Dice .226 instead of .789). Only a GIF in pure black and white gives 0 and 255, because programs number the colours
+    of a GIF as they please: in an all-white one, white is 0. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives
+    one channel. A JPEG, whose compression invents values, and a picture in true colours raise `UserError`.
+    """
+    picture = _open(path)
+    with Image.open(path) as file:
+        form = file.format
+    if form in ("JPEG", "MPO", "JPEG2000"):
+        raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
+    if picture.mode == "1":
+        return np.array(picture, dtype=np.uint8)
+    values = np.array(picture)
+    if form == "GIF" and picture.mode == "P":
+        colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
+        if (colours == colours[..., :1]).all() and np.isin(colours, (0, 255)).all():
+            return np.ascontiguousarray(colours[..., 0])
+    if values.ndim == 3:
+        colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
+        if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
+            raise UserError(
+                f"{path}: a mask in colours ({picture.mode}): save it as one channel of class indices (PNG)"
+            )
+        values = np.ascontiguousarray(colours[..., 0])
+    if values.dtype != np.uint8:
+        if not np.isfinite(values).all() or (values != np.round(values)).any() or values.min() < 0:
+            raise UserError(
+                f"{path}: mask values must be whole numbers from 0: save it as one channel of class indices"
+            )
+        if values.max() > np.iinfo(np.uint16).max:
+            raise UserError(f"{path}: mask value {values.max()} is no class index: save class indices from 0 to 254")
+        values = values.astype(np.uint16)
+    return values
+
+
+def mask_meaning(values: Iterable[int]) -> Meaning:
+    """Decide what the numbers in the masks of one data set mean, from all the values found in all its masks.
+
+    {0, 1} and {0, 255} (or fewer) are `binary`: background and foreground. {0..k} and {0..k, 255} are `classes`, where
+    255 means "ignore"; so {0, 1, 255} is a binary problem with ignored pixels, written as classes. A few missing class
+    indices are tolerated. Anything else, such as {3, 17, 250}, raises `UserError`.
+    """
+    found = sorted({int(value) for value in values})
+    if not found:
+        raise UserError("no mask values found: there are no masks")
+    if found == [IGNORE]:
+        raise UserError("all masks hold nothing but 255: set data.mask_values to `binary` or `classes`, or mend them")
+    if set(found) <= {0, 1} or found == [0, IGNORE]:
+        return "binary"
+    classes = [value for value in found if value != IGNORE]
+    missing = classes[-1] + 1 - len(classes)
+    if classes[-1] > IGNORE or missing > max(1, (classes[-1] + 1) // 4):
+        shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+        raise UserError(
+            f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; masks resized with "
+            "interpolation or once saved as JPEG look like this: export them again, or set data.mask_values"
+        )
+    return "classes"
+
+
+def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
+    """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
+
+    With `binary` everything but 0 is foreground, 1; with `classes` the values stay as they are.
+    """
+    if meaning == "binary":
+        return (values != 0).astype(np.uint8)
+    if values.max(initial=0) > IGNORE:
+        raise UserError(f"mask value {values.max()} is too large: class indices go from 0 to 254, and 255 means ignore")
+    return values.astype(np.uint8)
+
+
+def field_of_view(image: np.ndarray) -> np.ndarray:
+    """Find the part of a photograph that the camera saw: bool (H, W), estimated from the image (H, W, 3) alone.
+
+    A fundus camera or endoscope with a round aperture leaves four black corners. Only then something is cut off: the
+    largest region brighter than the black is kept, with its holes filled and its outline smoothed, if it is convex
+    and covers a quarter of the picture. Any other picture is all field of view. Training and prediction both use
+    this, so they see the same picture, with or without a file.
+    """
+    brightness = image.max(axis=2)
+    full_scale = 255.0 if image.dtype == np.uint8 else 1.0
+    brightness = cv2.GaussianBlur(brightness.astype(np.float32) / full_scale, (5, 5), 0)
+    height, width = brightness.shape
+    side = max(1, min(height, width) // 40)
+    corners = [brightness[y, x] for y in (slice(side), slice(-side, None)) for x in (slice(side), slice(-side, None))]
+    everything = np.ones((height, width), dtype=bool)
+    black = max(float(np.median(corner)) for corner in corners)
+    bright = float(np.percentile(brightness, 75))
+    if black > 0.15 or black > 0.3 * bright or bright == 0:
+        return everything
+    region = (brightness > black + 0.15 * (bright - black)).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(region, connectivity=4)
+    if count < 2:
+        return everything
+    largest = (labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])).astype(np.uint8)
+    outlines, _ = cv2.findContours(largest, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = cv2.drawContours(np.zeros_like(largest), outlines, -1, 1, thickness=cv2.FILLED)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * side + 1, 2 * side + 1))
+    # The margin lets the outline touch the picture's edge, where a camera cuts the circle off.
+    padded = cv2.copyMakeBorder(filled, *[2 * side] * 4, cv2.BORDER_REPLICATE)
+    smooth = cv2.morphologyEx(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, kernel), cv2.MORPH_OPEN, kernel)
+    view = smooth[2 * side : -2 * side, 2 * side : -2 * side]
+    hull = cv2.convexHull(cv2.findNonZero(view)) if view.any() else None
+    # An aperture is convex and fills the frame; a bright object on a dark ground is neither, or rarely both.
+    round_enough = hull is not None and view.sum() > 0.95 * cv2.contourArea(hull) and view.mean() > 0.25
+    return view.astype(bool) if round_enough else everything
+
+
+def statistics_inside(image: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel of (H, W, 3) inside the field of view, float32 (3,) each.
+
+    A constant channel gets standard deviation 1, an empty field of view mean 0 and standard deviation 1.
+    """
+    pixels = image[view].astype(np.float64)
+    if not len(pixels):
+        return np.zeros(3, np.float32), np.ones(3, np.float32)
+    deviation = pixels.std(axis=0)
+    floor = 1e-3 * (255.0 if image.dtype == np.uint8 else 1.0)
+    return pixels.mean(axis=0).astype(np.float32), np.where(deviation < floor, 1.0, deviation).astype(np.float32)
+
+
+def normalise(
+    image: np.ndarray, view: np.ndarray, statistics: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Scale each channel to mean 0 and standard deviation 1 inside the field of view, and set 0 outside.
+
+    Args:
+        image: uint8 or float32 (H, W, 3).
+        view: bool (H, W), the field of view.
+        statistics: mean and deviation to use (those of the whole image, for a patch of it); else the image's own.
+
+    Returns:
+        float32 (H, W, 3), finite everywhere.
+    """
+    mean, deviation = statistics_inside(image, view) if statistics is None else statistics
+    scaled = (image.astype(np.float32) - mean) / deviation
+    scaled[~view] = 0.0
+    return scaled

@@ -1,0 +1,209 @@
+"""What training minimises: cross-entropy plus a share of soft Dice, with pixels marked 255 left out.
+
+Cross-entropy asks every pixel to be right and is smooth from the first step; soft Dice asks the overlap of whole
+regions to be right and does not care how much background there is. Both are computed from a few sums over the batch.
+Sums can be added up over processes before anything is divided, so that several GPUs minimise what one GPU with the
+whole batch would.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet_helpers.config import IGNORE, UserError
+
+
+def check_labels(target, num_classes: int, name: str = "target") -> None:
+    """Raise `UserError` if `target` (tensor or array, any shape) holds other labels than 0..K-1 and 255.
+
+    K is num_classes, but 2 for binary (num_classes = 1). The error speaks of `name`.
+    """
+    allowed = max(num_classes, 2)
+    wrong = (target != IGNORE) & ((target < 0) | (target >= allowed))
+    if wrong.any():
+        raise UserError(
+            f"{name} holds the value {target[wrong][0].item()}, expected class indices 0 to {allowed - 1}, or {IGNORE} "
+            f"for pixels to ignore: check num_classes and what the values in the mask files mean"
+        )
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over valid pixels of -log p (foreground) and -log(1-p) (background), with p = sigmoid(logit).
+
+    Both cases are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0, for any logit.
+
+    Args:
+        logits: (B, 1, H, W), any float type; computed in float32.
+        target: (B, H, W) int64; 0, 1, or 255 for pixels to ignore.
+
+    Returns:
+        A scalar; 0 with gradient 0 if no pixel is valid.
+
+    Raises:
+        UserError: shapes, types or (on the CPU) labels are not as above.
+    """
+    z, truth, valid = _prepare(logits, target, num_classes=1)
+    return _valid_mean(_binary_terms(z, truth), valid)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over valid pixels of -log p of the true class, with p = softmax(logits).
+
+    That is logsumexp(z) - z[true class]. Shapes, result and errors as in `binary_cross_entropy`, but for logits
+    (B, K, H, W) with K of at least 2 and labels 0..K-1.
+    """
+    z, truth, valid = _prepare(logits, target, num_classes=None)
+    if z.shape[1] == 1:
+        raise UserError("cross_entropy got logits with one channel, expected at least 2: use binary_cross_entropy")
+    return _valid_mean(_multiclass_terms(z, truth), valid)
+
+
+def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - 2·Σ p·y / (Σ p + Σ y), sums over all valid pixels of the batch.
+
+    Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but without squares in the denominator, as is usual now.
+
+    Multi-class: the mean over all K classes, background included. A class that no valid pixel belongs to adds 0 (as in
+    `segmentation_models_pytorch`): only cross-entropy punishes its false positives, and the weight of a class does not
+    depend on which others happen to be in the batch. Any other class has a denominator of at least 1, so nothing needs
+    to be smoothed.
+
+    Args:
+        logits: (B, 1, H, W) for binary, (B, K, H, W) for K classes, any float type; computed in float32.
+        target: (B, H, W) int64; class indices, or 255 for pixels to ignore.
+
+    Returns:
+        A scalar from 0 to 1; 0 with gradient 0 if no pixel is valid.
+
+    Raises:
+        UserError: shapes, types or (on the CPU) labels are not as above.
+    """
+    z, truth, valid = _prepare(logits, target, num_classes=None)
+    return _dice_loss(*_dice_sums(z, truth, valid))
+
+
+class SegmentationLoss(nn.Module):
+    """cross_entropy_weight · cross-entropy + dice_weight · soft Dice loss, over one process or over many.
+
+    Binary (num_classes = 1) takes `binary_cross_entropy`, otherwise `cross_entropy`; see there and at `soft_dice_loss`.
+
+    Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S). (The mean of the L(s_r) is
+    something else as soon as processes differ in their numbers of valid pixels.) Its gradient is Σ_r L'(S)·∂s_r, but
+    DDP averages, i.e. gives (1/W)·Σ_r g_r. Therefore process r returns a scalar whose value is L(S), the same
+    everywhere and ready to be logged, and whose gradient is g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of
+    one process with the whole batch.
+
+    Labels are checked against num_classes on the CPU only, since looking at values would make a GPU wait at every step;
+    `check_labels` checks a data set once, before training.
+    """
+
+    def __init__(self, num_classes: int, dice_weight: float = 0.5, cross_entropy_weight: float = 1.0):
+        """Raises `UserError` for num_classes outside 1..255 and for weights that are negative or both 0."""
+        super().__init__()
+        if not 1 <= num_classes <= IGNORE:
+            raise UserError(f"num_classes is {num_classes}, expected 1 (binary) to {IGNORE}: {IGNORE} means ignore")
+        weights = (dice_weight, cross_entropy_weight)
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise UserError(f"dice_weight and cross_entropy_weight are {weights}, expected numbers >= 0, not both 0")
+        self.num_classes, self.dice_weight, self.cross_entropy_weight = num_classes, dice_weight, cross_entropy_weight
+
+    def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The loss of the batch; with `reduce`, of the batches of all processes together.
+
+        Args:
+            logits: (B, 1, H, W) or (B, K, H, W), any float type; computed in float32, also under autocast.
+            target: (B, H, W) int64; class indices, or 255 for pixels to ignore.
+            reduce: turns a float tensor into its sum over all processes, e.g.
+                `lambda sums: accelerator.reduce(sums, reduction="sum")`. Called once, by every process alike.
+
+        Returns:
+            A scalar: its value is the (global) loss, its gradient what DDP has to average. 0 with gradient 0 if no
+            pixel is valid.
+
+        Raises:
+            UserError: shapes, types or (on the CPU) labels are not as above.
+        """
+        local = self.sums(logits, target)
+        if reduce is None:
+            return self.from_sums(local)
+        total = reduce(torch.cat([local.detach(), local.new_ones(1)]))  # the ones add up to the number of processes
+        loss = self.from_sums(total[:-1] + (local - local.detach()))  # the value of S, the gradient of s_r
+        return loss.detach() + total[-1] * (loss - loss.detach())
+
+    def sums(self, logits: Tensor, target: Tensor) -> Tensor:
+        """All that the loss needs of a batch, as sums over valid pixels; add them up over batches or processes.
+
+        Returns:
+            (2 + 3K,) float32: number of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
+        """
+        z, truth, valid = _prepare(logits, target, self.num_classes)
+        terms = _binary_terms(z, truth) if self.num_classes == 1 else _multiclass_terms(z, truth)
+        pixels = torch.stack([valid.sum().to(z.dtype), (terms * valid).sum()])
+        return torch.cat([pixels, *_dice_sums(z, truth, valid)])
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """The loss, a scalar, from (added up) `sums`. A whole validation set is best added up in float64."""
+        intersection, predicted, true = sums[2:].chunk(3)
+        cross_entropy = sums[1] / sums[0].clamp(min=1)
+        return self.cross_entropy_weight * cross_entropy + self.dice_weight * _dice_loss(intersection, predicted, true)
+
+
+def _prepare(logits: Tensor, target: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K, H, W) in float32 with 0 at ignored pixels, truth (B, K, H, W) bool, valid (B, 1, H, W) bool."""
+    _check_shapes(logits, target, num_classes)
+    num_classes = logits.shape[1]
+    if target.device.type == "cpu":
+        check_labels(target, num_classes)
+    valid = (target != IGNORE)[:, None]
+    first = 1 if num_classes == 1 else 0  # binary: the one channel is class 1
+    classes = torch.arange(first, first + num_classes, device=target.device)
+    truth = target[:, None] == classes[:, None, None]
+    # Zeroed here rather than at the end: an infinite logit at an ignored pixel must not reach sum or gradient as 0·inf.
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~valid, 0)
+    return z, truth & valid, valid
+
+
+def _check_shapes(logits: Tensor, target: Tensor, num_classes: int | None) -> None:
+    if logits.ndim != 4 or num_classes not in (None, logits.shape[1]):
+        raise UserError(
+            f"logits have shape {tuple(logits.shape)}, expected (batch, {num_classes or 'classes'}, height, width): "
+            f"one channel for binary (num_classes=1), else one per class"
+        )
+    expected = (logits.shape[0], *logits.shape[2:])
+    if tuple(target.shape) != expected:
+        hint = (
+            ", without a channel axis: use target.squeeze(1)" if target.shape == (expected[0], 1, *expected[1:]) else ""
+        )
+        raise UserError(f"target has shape {tuple(target.shape)}, expected (batch, height, width) = {expected}{hint}")
+    if not logits.is_floating_point() or target.dtype != torch.int64:
+        raise UserError(
+            f"logits are {logits.dtype} and target is {target.dtype}, expected floating point and torch.int64 class "
+            f"indices: use target.long()"
+        )
+
+
+def _binary_terms(z: Tensor, truth: Tensor) -> Tensor:
+    return F.softplus(z) - z * truth
+
+
+def _multiclass_terms(z: Tensor, truth: Tensor) -> Tensor:
+    return z.logsumexp(1, keepdim=True) - (z * truth).sum(1, keepdim=True)
+
+
+def _valid_mean(terms: Tensor, valid: Tensor) -> Tensor:
+    return (terms * valid).sum() / valid.sum().clamp(min=1)
+
+
+def _dice_sums(z: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ p·y, Σ p and Σ y over valid pixels, each (K,)."""
+    probability = (z.sigmoid() if z.shape[1] == 1 else z.softmax(1)) * valid
+    over = (0, 2, 3)
+    return (probability * truth).sum(over), probability.sum(over), truth.sum(over).to(z.dtype)
+
+
+def _dice_loss(intersection: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+    loss = 1 - 2 * intersection / (predicted + true).clamp(min=1)  # the clamp only concerns absent classes
+    return (loss * (true > 0)).mean()

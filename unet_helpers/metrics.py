@@ -1,0 +1,235 @@
+"""From predictions to scores: streaming tables on the device, and counts per image, with 255 left out.
+
+`BinaryHistogram` and `ConfusionMatrix` collect batch by batch; as they only add whole numbers, batches, processes and
+files in any order or size give the same score to the last bit. Probabilities are compared as the 16-bit numbers that
+`predict` writes into its PNG, so a file scores exactly as the network did. The scores themselves are
+plain functions of counts, in `scores`.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet_helpers.config import IGNORE, UserError
+from unet_helpers.losses import check_labels
+from unet_helpers.scores import SCORES, defined_mean, dice, ratio, scores
+
+LEVELS = 65536  # of a 16-bit probability
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Probabilities, float32, of logits: (B, 1, H, W) to (B, H, W) by sigmoid; (B, K, H, W) to the same by softmax."""
+    return logits.float().sigmoid()[:, 0] if logits.shape[1] == 1 else logits.float().softmax(1)
+
+
+def quantise(probability: Tensor) -> Tensor:
+    """Probabilities, float in [0, 1] (else `UserError`), any shape, as int64 0..65535: what the 16-bit PNG holds."""
+    probability = torch.as_tensor(probability)
+    if not probability.is_floating_point():
+        raise UserError(f"probabilities are {probability.dtype}, expected floating point numbers from 0 to 1")
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise UserError("probabilities hold NaN or values outside 0 to 1: apply sigmoid or softmax to logits first")
+    return (probability.float() * (LEVELS - 1)).round().long()
+
+
+def level(threshold: float) -> int:
+    """Smallest 16-bit probability that counts as foreground: the first q with q / 65535 >= threshold (in [0, 1])."""
+    if not 0 <= threshold <= 1:
+        raise UserError(f"threshold is {threshold}, expected a number from 0 to 1")
+    return math.ceil(threshold * (LEVELS - 1))
+
+
+def foreground(probability: Tensor, threshold: float) -> Tensor:
+    """Which pixels are foreground, bool: 16-bit probability >= threshold. The one rule for all scores and masks."""
+    return quantise(probability) >= level(threshold)
+
+
+class _Tally:
+    """An int64 table that grows by addition."""
+
+    def __init__(self, *shape: int, device: torch.device | str = "cpu"):
+        self.table = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def merge(self, other: "_Tally") -> None:
+        """Add what another one of the same kind has collected."""
+        self.table += other.table.to(self.table.device)
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Replace the table by its sum over processes, `all_reduce(table)`. Call once, after the last update."""
+        self.table = all_reduce(self.table)
+
+    def _add(self, cell: Tensor, valid: Tensor) -> None:
+        size = self.table.numel()  # ignored pixels go to one cell more, which is dropped
+        cell = torch.where(valid, cell, size).flatten()
+        self.table += torch.bincount(cell, minlength=size + 1)[:size].view_as(self.table)
+
+
+class BinaryHistogram(_Tally):
+    """How many background (row 0) and foreground (row 1) pixels got each of the 65,536 16-bit probabilities."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        """An empty one, on the device the predictions are on."""
+        super().__init__(2, LEVELS, device=device)
+
+    def update(self, probability: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            probability: (B, H, W) float in [0, 1]; any other shape will do if the target has it too.
+            target: (B, H, W) integer; 0, 1, or 255 for pixels not to score.
+
+        Raises:
+            UserError: shapes differ, values are NaN or out of range, or types are not as above.
+        """
+        q = quantise(probability)
+        target = _checked(q, target, num_classes=1)
+        self._add(target * LEVELS + q, target != IGNORE)
+
+    def counts(self, threshold: float) -> np.ndarray:
+        """tp, fp, fn, tn (4,) int64 when foreground is probability >= threshold."""
+        table, first = self.table.cpu().numpy(), level(threshold)
+        (tn, fn), (fp, tp) = table[:, :first].sum(1), table[:, first:].sum(1)
+        return np.array([tp, fp, fn, tn])
+
+    def roc_auc(self) -> float:
+        """Area under the ROC curve by trapezoids: how often foreground scores above background, ties counting half."""
+        negative, positive = self.table.cpu().numpy().astype(np.float64)
+        below = np.cumsum(negative) - negative / 2
+        return float(ratio((positive * below).sum(), positive.sum() * negative.sum()))
+
+    def pr_auc(self) -> float:
+        """Average precision, Σ (R_n - R_{n-1})·P_n over all thresholds, without interpolation, as in scikit-learn."""
+        fp, tp = self.table.cpu().numpy()[:, ::-1].cumsum(1).astype(np.float64)
+        precision_at = np.divide(tp, tp + fp, out=np.zeros_like(tp), where=tp + fp > 0)
+        return float(ratio((np.diff(tp, prepend=0) * precision_at).sum(), tp[-1]))
+
+    def best_threshold(self) -> float:
+        """The multiple of .0001 between 0 and 1 with the highest pooled Dice.
+
+        Where a run of them is equally good it is the middle one; of several separate runs, the lowest counts. Where the
+        truth holds no foreground any threshold is as good as any other: .5.
+        """
+        fp, tp = self.table.cpu().numpy()[:, ::-1].cumsum(1)[:, ::-1]  # at or above each level
+        candidates = np.arange(1, 10_000) / 10_000
+        levels = [level(t) for t in candidates]
+        tp_at, fp_at = tp[levels], fp[levels]
+        values = np.nan_to_num(dice(np.stack([tp_at, fp_at, tp[0] - tp_at, 0 * tp_at], -1)))
+        first = int(np.argmax(values))
+        different = np.flatnonzero(values[first:] != values[first])
+        last = first + int(different[0]) - 1 if different.size else len(values) - 1
+        return float(candidates[(first + last) // 2])
+
+    def scores(self, threshold: float) -> dict[str, float]:
+        """All `SCORES` at the threshold, `roc_auc`, `pr_auc`, and `correct` and `total` pixels behind the accuracy."""
+        counts = self.counts(threshold)
+        totals = {"correct": int(counts[0] + counts[3]), "total": int(counts.sum())}
+        return scores(counts) | {"roc_auc": self.roc_auc(), "pr_auc": self.pr_auc()} | totals
+
+
+class ConfusionMatrix(_Tally):
+    """How many pixels of true class (row) got which predicted class (column)."""
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        """An empty one for 2 classes or more, on the device the predictions are on."""
+        super().__init__(num_classes, num_classes, device=device)
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        """Count a batch: predicted and target (B, H, W) integer classes, target 255 ignored; else `UserError`."""
+        k, predicted = len(self.table), torch.as_tensor(predicted)
+        target = _checked(predicted, target, k)
+        if ((predicted < 0) | (predicted >= k)).any():
+            raise UserError(
+                f"predicted classes lie between {predicted.min()} and {predicted.max()}, expected 0 to {k - 1}"
+            )
+        self._add(target * k + predicted, target != IGNORE)
+
+    def counts(self) -> np.ndarray:
+        """(K, 4) int64: tp, fp, fn, tn of each class against all others."""
+        table = self.table.cpu().numpy()
+        tp = table.diagonal()
+        fp, fn = table.sum(0) - tp, table.sum(1) - tp
+        return np.stack([tp, fp, fn, table.sum() - tp - fp - fn], -1)
+
+    def scores(self) -> dict:
+        """Means over the classes, the overall accuracy and MCC, and every class by itself.
+
+        Returns:
+            `dice`, `iou`, `sensitivity`, `specificity`, `precision`: mean over the classes for which they are defined;
+            `accuracy` = `correct` / `total` pixels; `mcc`: Gorodkin's R_K (2004), as in scikit-learn;
+            `per_class`: {"dice": [K values, NaN where undefined], ...}.
+        """
+        counts, table = self.counts(), self.table.cpu().numpy().astype(np.float64)
+        per_class = {name: score(counts).tolist() for name, score in SCORES.items()}
+        correct, total, true, said = table.trace(), table.sum(), table.sum(1), table.sum(0)
+        spread = np.sqrt(total**2 - (true**2).sum()) * np.sqrt(total**2 - (said**2).sum())
+        means = {name: float(defined_mean(values)) for name, values in per_class.items()}
+        return means | {
+            "accuracy": float(ratio(correct, total)),
+            "mcc": float(ratio(correct * total - true @ said, spread)),
+            "correct": int(correct),
+            "total": int(total),
+            "per_class": per_class,
+        }
+
+
+def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:
+    """Counts of each image, for the bootstrap and the mean per-image score.
+
+    Args:
+        predicted: (B, H, W) bool or integer classes.
+        target: (B, H, W) integer classes, 255 ignored.
+        num_classes: 1 for binary.
+
+    Returns:
+        (B, 4) int64: tp, fp, fn, tn; for several classes (B, K, 4), each class against all others.
+    """
+    predicted = torch.as_tensor(predicted)
+    target = _checked(predicted, target, num_classes)
+    valid = target != IGNORE
+    per_class = []
+    for k in [1] if num_classes == 1 else range(num_classes):
+        p, y = (predicted == k) & valid, (target == k)
+        cells = torch.stack([p & y, p & ~y, ~p & y, valid & ~p & ~y])
+        per_class.append(cells.flatten(2).sum(2).T)
+    return (per_class[0] if num_classes == 1 else torch.stack(per_class, 1)).cpu().numpy()
+
+
+def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Skeleton counts of one image for `cldice`; add them up over images to pool.
+
+    Pixels with target 255 are background for both before the skeletons are made, so both end where the truth ends.
+
+    Args:
+        predicted: (H, W) bool or 0/1.
+        target: (H, W) 0, 1, or 255.
+
+    Returns:
+        (4,) int64: pixels of the predicted skeleton inside the true vessels, of the predicted skeleton, of the true
+        skeleton inside the predicted vessels, of the true skeleton.
+    """
+    from skimage.morphology import skeletonize  # half a second, which only clDice should cost
+
+    predicted = torch.as_tensor(predicted).cpu()
+    target = _checked(predicted, target, num_classes=1).cpu().numpy()
+    p, y = (predicted.numpy() != 0) & (target != IGNORE), target == 1
+    skeleton_p, skeleton_y = skeletonize(p), skeletonize(y)
+    return np.array([(skeleton_p & y).sum(), skeleton_p.sum(), (skeleton_y & p).sum(), skeleton_y.sum()])
+
+
+def _checked(predicted: Tensor, target, num_classes: int) -> Tensor:
+    """The target as int64 on the device of the prediction, after checking both."""
+    target = torch.as_tensor(target)
+    if predicted.shape != target.shape:
+        raise UserError(
+            f"the prediction has shape {tuple(predicted.shape)} and the target {tuple(target.shape)}, "
+            f"expected (batch, height, width) for both"
+        )
+    for name, tensor in (("the prediction", predicted), ("the target", target)):
+        if tensor.is_floating_point():
+            raise UserError(f"{name} is {tensor.dtype}, expected whole numbers")
+    target = target.to(predicted.device, torch.int64)
+    check_labels(target, num_classes)
+    return target

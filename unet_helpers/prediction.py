@@ -1,0 +1,216 @@
+"""From an image to a probability for every pixel, and from image files to masks on the disk.
+
+Whatever its size, an image is predicted at that size: borders are mirrored where convolutions eat them, large images
+go through the network tile by tile, and predictions of mirror images are averaged.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unet_helpers.config import UserError
+from unet_helpers.images import decode_mask, field_of_view, list_images, mask_meaning, normalise, read_image, read_mask_values
+from unet_helpers.metrics import level, probabilities, quantise
+from unet_helpers.pairing import pair_by_name
+from unet_helpers.plots import animate, colour_classes, error_map
+from unet_helpers.runs import Run, load_run
+from unet_helpers.system import find_device, make_folder, write_whole
+
+TILE = 1536  # images with a longer side are predicted tile by tile, which bounds the memory needed
+
+
+@torch.inference_mode()
+def predict_probabilities(model: nn.Module, image: Tensor, flips: bool = True, tile: int = TILE) -> Tensor:
+    """Probabilities at the image's own size, whatever that size is.
+
+    Args:
+        model: a network in evaluation mode.
+        image: float32 (C, H, W), normalised as in training, on the model's device.
+        flips: average the predictions of the image and its three mirror images (test-time augmentation).
+        tile: longest side in pixels that goes through the network at once.
+
+    Returns:
+        float32 (H, W) for a binary network (sigmoid), else (K, H, W) (softmax, adds up to 1).
+    """
+    axes = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
+    total = torch.zeros((), device=image.device)
+    for dims in axes:
+        logits = predict_logits(model, image.flip(dims)[None], tile)
+        total = total + probabilities(logits)[0].flip(dims)
+    return total / len(axes)
+
+
+def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor:
+    """Logits (B, K, H, W) for images (B, C, H, W) of any size; a border that valid convolutions eat is mirrored.
+
+    Larger images are cut into tiles that see `margin` pixels of their surroundings, of which only the middle is kept
+    (the overlap-tile strategy, Ronneberger et al. 2015, figure 2). With a margin as wide as the network's receptive
+    field reaches, the seams are those of the untiled prediction.
+    """
+    height, width = images.shape[-2:]
+    if max(height, width) <= tile:
+        return forward_whole(model, images)
+    margin = math.ceil(model.receptive_field_radius / model.stride) * model.stride
+    core = max(tile - 2 * margin, model.stride) // model.stride * model.stride  # tiles start on the pooling grid
+    rows = []
+    for top in range(0, height, core):
+        row = []
+        for left in range(0, width, core):
+            y0, x0 = max(top - margin, 0), max(left - margin, 0)
+            y1, x1 = min(top + core + margin, height), min(left + core + margin, width)
+            logits = forward_whole(model, images[..., y0:y1, x0:x1])
+            row.append(logits[..., top - y0 : top - y0 + core, left - x0 : left - x0 + core])
+        rows.append(torch.cat(row, dim=-1))
+    return torch.cat(rows, dim=-2)
+
+
+def forward_whole(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits at the size of the images; for valid convolutions the image is first continued by mirroring."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    if not model.border:
+        return model(images).float()
+    height, width = images.shape[-2:]
+    # The border comes first, so that every image and tile starts on the same pooling grid; what is left over comes last.
+    below, right = (model.valid_input_size(side) - side - model.border for side in (height, width))
+    logits = model(mirror_border(images, model.border, right, model.border, below))
+    return logits[..., :height, :width].float()
+
+
+def mirror_border(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Continue images (B, C, H, W) beyond their border by mirroring, as often as the border's width asks for."""
+
+    def mirrored(length: int, before: int, after: int) -> Tensor:
+        period = max(2 * (length - 1), 1)
+        index = torch.arange(-before, length + after, device=images.device) % period
+        return torch.minimum(index, period - index) if length > 1 else torch.zeros_like(index)
+
+    rows = mirrored(images.shape[-2], top, bottom)
+    columns = mirrored(images.shape[-1], left, right)
+    return images[..., rows, :][..., columns]
+
+
+def predict(
+    run: Path | str,
+    paths: list[Path | str],
+    output: Path | str,
+    flips: bool = True,
+    device: str = "auto",
+    truth: Path | str | None = None,
+    gif: bool = False,
+    quiet: bool = False,
+) -> list[Path]:
+    """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
+
+    A binary mask holds 0 and 255. With several classes it holds class indices, `<stem>_color.png` shows them in
+    colours, and the probability is that of the class chosen.
+
+    Args:
+        run: folder of a trained network.
+        paths: image files, or folders of them.
+        output: where to write; made if it does not exist.
+        flips: average over mirror images, as `evaluate` does.
+        device: as in the configuration.
+        truth: a folder of masks, or one mask, that belong to the images by name: also writes `<stem>_errors.png`.
+        gif: also write `<stem>.gif`, which shows image, probability and mask in turn.
+        quiet: show no progress.
+
+    Returns:
+        The masks written.
+
+    Raises:
+        UserError: before anything is written, if an input cannot be read, two outputs would have one name, or the
+            output folder cannot be used.
+    """
+    images = find_inputs(paths)
+    truths = find_truths(images, truth) if truth else {}
+    opened, target = load_run(run), find_device(device)
+    for path in images:  # look at every input before the first output
+        size = read_image(path).shape[:2]
+        if path in truths and truths[path].shape != size:
+            raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
+    output = make_folder(Path(output))
+    model = opened.model.to(target, memory_format=torch.channels_last)
+    written = []
+    for path in tqdm(images, desc="predict", unit="image", disable=quiet):
+        image = read_image(path)
+        probability = predict_image(model, image, target, flips).cpu()
+        files = render(probability, opened)
+        mask = files.pop("classes")
+        if path in truths:
+            files["errors.png"] = to_png(error_map(mask, truths[path]))
+        if gif:
+            files[".gif"] = animate(frames(image, probability, mask))
+        for name, content in files.items():
+            write_whole(output / (path.stem + (name if name.startswith(".") else f"_{name}")), content)
+        written.append(output / f"{path.stem}_mask.png")
+    return written
+
+
+def predict_image(model: nn.Module, image: np.ndarray, device: torch.device, flips: bool = True) -> Tensor:
+    """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it: (H, W, 3)."""
+    normalised = torch.from_numpy(normalise(image, field_of_view(image))).permute(2, 0, 1)
+    return predict_probabilities(model, normalised.to(device), flips)
+
+
+def render(probability: Tensor, run: Run) -> dict:
+    """The files that show a prediction, as bytes by ending, and under `classes` the class indices (H, W)."""
+    if probability.ndim == 2:
+        levels = quantise(probability).numpy()
+        classes = (levels >= level(run.threshold)).astype(np.uint8)
+        files = {"mask.png": to_png(classes * 255)}
+    else:
+        best, chosen = probability.max(0)
+        levels, classes = quantise(best).numpy(), chosen.numpy().astype(np.uint8)
+        files = {"mask.png": to_png(classes), "color.png": to_png(colour_classes(classes))}
+    return files | {"probability.png": to_png(levels.astype(np.uint16)), "classes": classes}
+
+
+def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
+    """Image, probability and mask as pictures uint8 (H, W, 3)."""
+    photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
+    strength = probability if probability.ndim == 2 else probability.max(0).values
+    grey = (strength.numpy() * 255).round().astype(np.uint8)
+    mask = colour_classes(classes) if probability.ndim == 3 else np.repeat(classes[..., None] * 255, 3, axis=2)
+    return [photo, np.repeat(grey[..., None], 3, axis=2), mask]
+
+
+def find_inputs(paths: list[Path | str]) -> list[Path]:
+    """The image files among files and folders; two of one stem would overwrite each other's predictions."""
+    images: list[Path] = []
+    for path in map(Path, paths):
+        images += list_images(path) if path.is_dir() else [path]
+    stems: dict[str, Path] = {}
+    for path in images:
+        if path.stem in stems:
+            raise UserError(f"{path}: its predictions would overwrite those of {stems[path.stem]}; predict them apart.")
+        stems[path.stem] = path
+    return images
+
+
+def find_truths(images: list[Path], truth: Path | str) -> dict[Path, np.ndarray]:
+    """Masks (H, W) for the images, found by name as in a folder data set."""
+    truth = Path(truth)
+    if truth.is_dir():
+        masks = pair_by_name(images, list_images(truth))
+    elif len(images) == 1:
+        masks = {images[0]: truth}
+    else:
+        raise UserError(
+            f"{truth}: one mask cannot be the ground truth of {len(images)} images; name a folder of masks."
+        )
+    values = {path: read_mask_values(mask) for path, mask in masks.items()}
+    meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
+    return {path: decode_mask(value, meaning) for path, value in values.items()}
+
+
+def to_png(picture: np.ndarray) -> bytes:
+    """An array uint8 or uint16 (H, W), or uint8 (H, W, 3), as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,238 @@
+"""A run lives in a folder: five published files, and `state/` with what resuming needs.
+
+`state/last.safetensors` holds the weights, their average over time, the optimiser and, as JSON in the file's header,
+the progress. It is one file, so that it cannot fall apart: whatever moment training is killed in, it is that of one
+finished epoch. The other files follow from it or can be made again.
+"""
+
+import csv
+import datetime
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from unet_helpers.config import Config, UserError, dump_config, load_config, one_line, to_dict
+from unet_helpers.model import build_model
+from unet_helpers.plots import plot_history, to_png
+from unet_helpers.system import make_folder, read_tensors, write_tensors, write_whole
+
+PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
+COLUMNS = (
+    "epoch", "step", "learning_rate", "train_loss", "val_loss", "val_accuracy", "val_correct", "val_total", "val_dice",
+    "val_threshold", "images_per_second", "seconds",
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A trained network and what belongs to it.
+
+    Attributes:
+        path: its folder.
+        config: every setting it was trained with.
+        model: the network with its weights, in evaluation mode, on the CPU.
+        metrics: the content of `metrics.json`.
+    """
+
+    path: Path
+    config: Config
+    model: torch.nn.Module
+    metrics: dict
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which a pixel is foreground, chosen on the validation images; None for classes."""
+        return self.metrics["threshold"]
+
+
+def load_run(path: Path | str) -> Run:
+    """Open a run folder.
+
+    Raises:
+        UserError: if the folder or one of its files is missing or damaged, or the weights do not fit the settings.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such run folder; `python -m unet_helpers train` makes one.")
+    missing = [name for name in ("config.yaml", "metrics.json", "model.safetensors") if not (path / name).is_file()]
+    if missing:
+        hint = "; its training was interrupted, `train --resume` finishes it" if (path / "state").is_dir() else ""
+        raise UserError(f"{path}: this run folder lacks {', '.join(missing)}{hint}.")
+    config = load_config(path / "config.yaml")
+    try:
+        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        if config.model.num_classes == 1 and not 0 <= float(metrics["threshold"]) <= 1:
+            raise ValueError("its threshold is not between 0 and 1")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
+    config.model.encoder_weights = None  # the run's own weights take their place: do not fetch any
+    model = build_model(config.model)
+    load_weights(model, path / "model.safetensors")
+    return Run(path, config, model.eval(), metrics)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a network's weights from a safetensors file.
+
+    Raises:
+        UserError: if the file is damaged or its tensors are not those of the network.
+    """
+    tensors, _ = read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: these weights do not fit the model that config.yaml describes: {one_line(error)}"
+        ) from None
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: finished epochs.
+        best_epoch: the one with the highest validation Dice so far, whose weights are `model.safetensors`.
+        history: a row of `COLUMNS` for the untrained network and for each epoch.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    history: list[dict] = field(default_factory=list)
+
+    def record(
+        self, step: int, rate: float, train_loss: float | None, speed: float | None, seconds: float, scores: dict
+    ):
+        """Add a row for the epoch that has just ended, and note whether it is the best."""
+        row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": train_loss}
+        row |= {f"val_{name}": scores[name] for name in ("loss", "accuracy", "correct", "total", "dice", "threshold")}
+        row |= {"images_per_second": speed, "seconds": seconds}
+        row = {key: None if value != value else value for key, value in row.items()}  # NaN
+        best = next((old["val_dice"] for old in self.history if old["epoch"] == self.best_epoch), None)
+        # Where Dice is undefined (nothing to find in the validation images) the latest epoch is taken.
+        if best is None or row["val_dice"] is None or row["val_dice"] > best:
+            self.best_epoch = self.epoch
+        self.history.append(row)
+
+    def line(self, epochs: int) -> str:
+        """The last row for human eyes."""
+        row = self.history[-1]
+        parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  step {row['step']}"]
+        parts += [f"loss {row['train_loss']:.4f}"] if row["train_loss"] is not None else ["untrained"]
+        parts += [f"validation: loss {row['val_loss']:.4f}"]
+        if row["val_accuracy"] is not None:
+            parts += [f"accuracy {row['val_accuracy']:.4f} ({row['val_correct']}/{row['val_total']})"]
+        parts += [f"Dice {row['val_dice']:.4f}" if row["val_dice"] is not None else "Dice undefined"]
+        parts += [f"{row['images_per_second']:.1f} images/s"] if row["images_per_second"] else []
+        return "  ".join(parts)
+
+
+def new_run(run: Path, config: Config, resume: bool) -> None:
+    """Make the run folder and write its settings; with `resume`, check that it holds an interrupted run of the same ones.
+
+    Raises:
+        UserError: if the folder cannot be used.
+    """
+    last = run / "state" / "last.safetensors"
+    if resume:
+        if not last.is_file():
+            raise UserError(f"{run}: there is nothing to resume, state/last.safetensors is missing.")
+        before = load_config(run / "config.yaml")
+        different = [key for key, value in result_settings(config).items() if result_settings(before)[key] != value]
+        if different:
+            raise UserError(f"{run}: cannot be resumed with another {different[0]}; start a new run for that.")
+        return
+    taken = [name for name in (*PUBLISHED, "state/last.safetensors") if (run / name).exists()]
+    if taken:
+        raise UserError(f"{run}: already holds a run ({taken[0]}); choose another folder, or finish it with --resume.")
+    make_folder(run / "state")
+    write_whole(run / "config.yaml", dump_config(config))
+
+
+def result_settings(config: Config) -> dict:
+    """The settings that decide the result, as {"section.name": value}; where data lies and speed do not."""
+    free = {"data.root", "training.workers", "training.device", "training.tensorboard", "training.keep_every_epoch"}
+    flat = {"seed": config.seed}
+    for section, values in to_dict(config).items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{name}": value for name, value in values.items()}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+def save_epoch(
+    run: Path, config: Config, progress: Progress, network: nn.Module, average: nn.Module, optimiser, scaler
+) -> None:
+    """Write the checkpoint of a finished epoch, the best weights if they are new, and the history.
+
+    The order matters: the checkpoint is last among the weights, so that whatever it claims to exist does exist.
+    """
+    best = average.module.state_dict()
+    if progress.best_epoch == progress.epoch:
+        write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})
+    if config.training.keep_every_epoch:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        write_tensors(run / "state" / f"epoch_{progress.epoch:04d}_{stamp}.safetensors", best)
+    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
+    tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
+    header = {"progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict() if scaler else {})}
+    write_tensors(run / "state" / "last.safetensors", tensors, header)
+    write_history(run, progress.history)
+
+
+def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, scaler) -> Progress:
+    """Put everything back as it was after the last finished epoch.
+
+    Raises:
+        UserError: if the checkpoint is damaged or belongs to another network.
+    """
+    path = run / "state" / "last.safetensors"
+    tensors, header = read_tensors(path)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    try:
+        network.load_state_dict(part("network."))
+        average.load_state_dict(part("average."))
+        states: dict[int, dict] = {}
+        for key, value in part("optimiser.").items():
+            index, name = key.split(".", 1)
+            states.setdefault(int(index), {})[name] = value
+        optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+        if scaler:
+            scaler.load_state_dict(json.loads(header["scaler"]))
+        progress = Progress(**json.loads(header["progress"]))
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: does not belong to this run's settings ({type(error).__name__}); start a new run."
+        ) from error
+    write_history(run, progress.history)
+    return progress
+
+
+def write_history(run: Path, history: list[dict]) -> None:
+    """Write `history.csv` and draw `losses.png`."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_whole(run / "history.csv", table.getvalue())
+    write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
+
+
+def read_history(path: Path | str) -> list[dict]:
+    """Rows of a `history.csv` as dictionaries of numbers, None where a cell is empty."""
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        whole = ("epoch", "step", "val_correct", "val_total")
+        return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as a training history: {error}") from None

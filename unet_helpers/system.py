@@ -1,0 +1,165 @@
+"""What this machine offers: a device to compute on, the precision it is fast in, and a disk to write on.
+
+Every file is written whole or not at all, and reading one executes nothing from it: weights are safetensors.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from unet_helpers.config import RunError, UserError, one_line
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: if the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name, False):
+        there = ", ".join(device for device, there in available.items() if there)
+        raise UserError(f"training.device is {name}, but torch finds no such device here (it finds: {there}).")
+    return torch.device(name)
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`.
+
+    `auto` asks what the hardware computes in natively. A T4 (compute capability 7.5) accepts bf16 and emulates it,
+    slowly, so bf16 needs capability 8.0 and fp16 with a gradient scaler is used below; a CPU needs bf16 instructions.
+
+    Raises:
+        UserError: for fp16 on a device without a gradient scaler for it.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise UserError(
+            f"training.precision is fp16, which needs a CUDA GPU, not {device.type}; use auto, fp32 or bf16."
+        )
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and has_native_bf16() else "fp32"
+
+
+def has_native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); emulated bf16 is slower than fp32."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
+
+
+def describe_device(device: torch.device) -> str:
+    """One line on the hardware, for reports and `metrics.json`."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type == "mps":
+        return f"Apple GPU ({platform.processor()})"
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory instead of returning it to the system after every training step.
+
+    Large tensors come and go with each step; mapping them anew costs a tenth of the time on a CPU. Does nothing on
+    systems without glibc.
+    """
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap for a single buffer
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file and its metadata.
+
+    Raises:
+        UserError: if it is missing, cut short or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such weights file.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged or no safetensors file ({one_line(error)}); get it again.") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, whole or not at all."""
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(plain, metadata))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a dictionary as JSON, whole or not at all. NaN, which JSON does not know, becomes null."""
+    write_whole(path, json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def without_nan(value: object) -> object:
+    """The same nested value with None for every NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all: a reader, or a crash, sees the old file or the new one, never a part.
+
+    The content goes to a neighbour first, is forced to the disk, and then takes the file's name in one step.
+
+    Raises:
+        RunError: if the disk is full or fails.
+        UserError: if the place cannot be written.
+    """
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_error(path: Path, error: OSError) -> RunError | UserError:
+    """The error to raise when `path` could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+        return RunError(
+            f"{path}: could not be written ({error.strerror}); make room, what was there before is unharmed."
+        )
+    return UserError(f"{path}: cannot be written ({error.strerror}); choose another place.")
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and check that files can be written into it.
+
+    Raises:
+        UserError: if the path is a file or cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise write_error(path, error) from None
+    return path

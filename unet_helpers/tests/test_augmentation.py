@@ -1,0 +1,165 @@
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from unet_helpers.augmentation import make_augmentation
+from unet_helpers.config import IGNORE, AugmentationConfig
+
+RNG = np.random.default_rng(0)
+PLAIN = AugmentationConfig(
+    patch_size=32, flips=False, rotation=0, scale=(1, 1), elastic=0, brightness=0, contrast=0, gamma=0, noise=0
+)
+GEOMETRY = dataclasses.replace(PLAIN, flips=True, rotation=180, scale=(0.7, 1.4), elastic=0.5)
+FULL = AugmentationConfig(patch_size=32, elastic=0.5, gamma=0.2)
+
+
+def blobs(height: int, width: int) -> np.ndarray:
+    """A mask of classes 0 and 3 whose regions are much larger than a pixel."""
+    y, x = np.mgrid[:height, :width]
+    return np.where(np.sin(x / 5) + np.cos(y / 7) > 0.3, 3, 0).astype(np.uint8)
+
+
+def everything(mask: np.ndarray) -> np.ndarray:
+    return np.ones(mask.shape, bool)
+
+
+@pytest.mark.parametrize("elastic", [0.0, 1.0])
+def test_image_and_mask_go_through_the_same_geometry(elastic):
+    mask = blobs(70, 90)
+    image = np.repeat(np.where(mask == 3, 240, 20).astype(np.uint8)[..., None], 3, axis=2)
+    augment = make_augmentation(dataclasses.replace(GEOMETRY, elastic=elastic))
+    agreeing = total = 0
+    for seed in range(40):
+        patch, target, view = augment(image, mask, everything(mask), seed)
+        scored = target != IGNORE
+        np.testing.assert_array_equal(view, scored)  # both end where the image ends
+        assert (patch[~view].max(initial=0)) <= 240
+        agreeing += ((patch[..., 0] > 130) == (target == 3))[scored].sum()
+        total += scored.sum()
+    assert agreeing / total > 0.98  # they differ at most where linear and nearest round differently
+
+
+def test_no_label_is_invented_however_the_patch_is_turned():
+    mask = RNG.choice(np.array([0, 3, 7, IGNORE], np.uint8), (40, 50))
+    image = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    augment = make_augmentation(dataclasses.replace(FULL, elastic=0.5))
+    seen = set()
+    for seed in range(30):
+        patch, target, view = augment(image, mask, everything(mask), seed)
+        assert (patch.dtype, target.dtype, view.dtype) == (np.uint8, np.uint8, bool)
+        assert (patch.shape, target.shape, view.shape) == ((32, 32, 3), (32, 32), (32, 32))
+        assert (target[~view] == IGNORE).all()
+        seen |= set(np.unique(target).tolist())
+    assert seen == {0, 3, 7, IGNORE}
+
+
+def test_without_any_change_a_patch_is_an_exact_cut():
+    for size in (31, 32):
+        image = RNG.integers(0, 256, (80, 70, 3), dtype=np.uint8)
+        mask = np.arange(80 * 70, dtype=np.uint32).reshape(80, 70) % 250
+        augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=size))
+        for seed in range(5):
+            patch, target, view = augment(image, mask.astype(np.uint8), everything(mask), seed)
+            rows, columns = np.flatnonzero(view.any(axis=1)), np.flatnonzero(view.any(axis=0))
+            inside = patch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            windows = np.lib.stride_tricks.sliding_window_view(image, inside.shape)[:, :, 0]
+            places = np.argwhere((windows == inside).all(axis=(2, 3, 4)))
+            assert len(places) == 1
+            y, x = places[0]
+            np.testing.assert_array_equal(target[view], mask[y : y + len(rows), x : x + len(columns)].ravel())
+
+
+def test_flips_happen_independently_of_each_other():
+    ramp = np.arange(64, dtype=np.uint8)
+    image = np.dstack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.zeros((64, 64), np.uint8)])
+    augment = make_augmentation(dataclasses.replace(PLAIN, flips=True, patch_size=8))
+    kinds = []
+    for seed in range(200):
+        patch, _, view = augment(image, image[..., 2], np.ones((64, 64), bool), seed)
+        if view.all():
+            patch = patch.astype(int)
+            kinds.append((bool(patch[0, 1, 0] < patch[0, 0, 0]), bool(patch[1, 0, 1] < patch[0, 0, 1])))
+    for kind in ((False, False), (False, True), (True, False), (True, True)):
+        assert 0.1 < kinds.count(kind) / len(kinds) < 0.4
+
+
+def test_the_edge_of_the_image_is_seen_half_as_often_as_its_middle():
+    mask = np.arange(100, dtype=np.uint8)[None].repeat(100, axis=0)  # each pixel holds its column
+    augment = make_augmentation(PLAIN)
+    seen = np.zeros(256)
+    for seed in range(600):
+        seen += np.bincount(
+            augment(mask[..., None].repeat(3, 2), mask, everything(mask), seed)[1].ravel(), minlength=256
+        )
+    assert 0.35 < seen[:3].mean() / seen[45:55].mean() < 0.65
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (31, 200), (584, 565)])
+def test_any_image_size_fits_any_patch(shape):
+    image, mask = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8), np.zeros(shape, np.uint8)
+    for config in (FULL, dataclasses.replace(FULL, patch_size=97), dataclasses.replace(GEOMETRY, patch_size=1)):
+        patch, target, _ = make_augmentation(config)(image, mask, everything(mask), 0)
+        assert patch.shape[:2] == target.shape == (config.patch_size,) * 2
+
+
+def test_images_longer_than_opencv_can_address():
+    image = np.zeros((3, 40000, 3), np.uint8)
+    assert make_augmentation(FULL)(image, image[..., 0], np.ones((3, 40000), bool), 1)[0].shape == (32, 32, 3)
+
+
+def test_ignored_stays_ignored_and_float_images_stay_in_range():
+    image = RNG.random((50, 50, 3), dtype=np.float32)
+    mask = np.full((50, 50), IGNORE, np.uint8)
+    for seed in range(5):
+        patch, target, _ = make_augmentation(FULL)(image, mask, everything(mask), seed)
+        assert (target == IGNORE).all()
+        assert patch.dtype == np.float32
+        assert 0 <= patch.min() <= patch.max() <= 1
+
+
+def test_light_changes_the_image_alone():
+    image, mask = RNG.integers(50, 200, (60, 60, 3), dtype=np.uint8), blobs(60, 60)
+    plain = make_augmentation(PLAIN)(image, mask, everything(mask), 3)
+    for setting in ("brightness", "contrast", "gamma", "noise"):
+        changed = make_augmentation(dataclasses.replace(PLAIN, **{setting: 0.2}))(image, mask, everything(mask), 3)
+        assert (changed[0] != plain[0]).any(), setting
+        np.testing.assert_array_equal(changed[1], plain[1])
+
+
+def test_each_channel_gets_its_own_gain_and_offset_within_the_limits():
+    image = np.full((60, 60, 3), 100, np.uint8)
+    for dtype, scale in ((np.uint8, 1), (np.float32, 255)):
+        augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=1, brightness=0.1, contrast=0.2))
+        values = np.array(
+            [
+                augment((image / scale).astype(dtype), image[..., 0], everything(image[..., 0]), n)[0][0, 0]
+                for n in range(200)
+            ]
+        ) * float(scale)
+        assert 80 - 26 <= values.min() < 70
+        assert 130 < values.max() <= 120 + 26
+        assert np.abs(np.corrcoef(values.T)[np.triu_indices(3, 1)]).max() < 0.3
+
+
+def test_a_seed_fixes_everything_whatever_was_drawn_before():
+    image, mask = RNG.integers(0, 256, (60, 60, 3), dtype=np.uint8), blobs(60, 60)
+    first, second = make_augmentation(FULL), make_augmentation(FULL)
+    expected = first(image, mask, everything(mask), (1, 2, 3))
+    second(image, mask, everything(mask), 9)
+    np.random.seed(5)  # noqa: NPY002
+    for one, other in zip(expected, second(image, mask, everything(mask), (1, 2, 3)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (first(image, mask, everything(mask), (1, 2, 4))[0] != expected[0]).any()
+
+
+def test_importing_and_building_says_nothing_and_asks_no_server():
+    code = (
+        "import socket; socket.socket.connect = None\n"
+        "from unet_helpers.augmentation import make_augmentation; from unet_helpers.config import AugmentationConfig\n"
+        "make_augmentation(AugmentationConfig(gamma=0.2, elastic=0.3))"
+    )
+    result = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    assert "lbumentations" not in result.stdout + result.stderr

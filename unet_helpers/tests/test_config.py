@@ -1,0 +1,90 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from unet_helpers.config import (
+    Config,
+    DataConfig,
+    UserError,
+    check_config,
+    dump_config,
+    from_dict,
+    load_config,
+    to_dict,
+)
+
+
+def test_a_configuration_survives_the_way_through_yaml(tmp_path):
+    config = Config(seed=7, data=DataConfig(name="drive", sample_images=(1, 2, 3)))
+    config.training.steps_per_epoch = None
+    config.model.widths = (4, 8)
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_settings_left_out_take_their_defaults():
+    config = from_dict({"training": {"epochs": 3}}, "here")
+    expected = Config()
+    expected.training.epochs = 3
+    assert config == expected
+
+
+def test_yaml_holds_every_setting():
+    values = yaml.safe_load(dump_config(Config()))
+    for section in dataclasses.fields(Config):
+        if section.name != "seed":
+            names = {field.name for field in dataclasses.fields(getattr(Config(), section.name))}
+            assert set(values[section.name]) == names
+    assert to_dict(Config()) == values
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"training": {"epoch": 3}}, ["training", "epoch"]),
+        ({"training": {"epochs": "three"}}, ["training.epochs", "three"]),
+        ({"training": {"epochs": 2.5}}, ["training.epochs", "2.5"]),
+        ({"train": {}}, ["train"]),
+        ({"data": 3}, ["data"]),
+        ({"model": {"norm": "batchnorm"}}, ["model.norm", "batchnorm", "group"]),
+        ({"model": {"widths": [8, "a"]}}, ["model.widths", "a"]),
+        ({"training": {"learning_rate": -1.0}}, ["training.learning_rate", "positive"]),
+        ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "positive"]),
+        ({"training": {"steps_per_epoch": 0}}, ["training.steps_per_epoch"]),
+        ({"training": {"warmup": 1.0}}, ["training.warmup"]),
+        ({"augmentation": {"scale": [2.0, 1.0]}}, ["augmentation.scale"]),
+        ({"augmentation": {"patch_size": 0}}, ["augmentation.patch_size"]),
+        ({"data": {"folds": 1}}, ["data.folds"]),
+        ({"data": {"folds": 5, "fold": 5}}, ["data.fold", "4"]),
+        ({"data": {"val_share": 1.0}}, ["data.val_share"]),
+        ({"model": {"widths": []}}, ["model.widths"]),
+        ({"model": {"num_classes": 0}}, ["model.num_classes"]),
+        ({"seed": -1}, ["seed"]),
+    ],
+)
+def test_wrong_settings_end_in_one_line_that_names_them(settings, words):
+    with pytest.raises(UserError) as caught:
+        from_dict(settings, "my.yaml")
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ")
+    assert "\n" not in message
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "just words", "[1, 2]", "a: [", "\x00", "!!python/object/apply:os.system ['true']"]
+)
+def test_a_file_that_holds_no_settings_is_refused_by_name(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_defaults_are_valid():
+    check_config(Config())

@@ -1,0 +1,216 @@
+import dataclasses
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from unet_helpers import datasets
+from unet_helpers.config import IGNORE, AugmentationConfig, Config, DataConfig, ModelConfig, UserError
+from unet_helpers.datasets import TrainingPatches, WholeImages, find_samples, load_sample
+from unet_helpers.images import field_of_view, normalise
+from unet_helpers.sample_data import make_retina
+
+RNG = np.random.default_rng(0)
+SAMPLE = Config(
+    data=DataConfig(sample_images=(3, 2, 2), sample_size=64),
+    augmentation=AugmentationConfig(patch_size=32, elastic=0.5),
+)
+
+
+def folder(root: Path, masks: dict[str, np.ndarray], size=(20, 30)) -> Config:
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for name, mask in masks.items():
+        Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / "images" / f"{name}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{name}_mask.png")
+    return Config(data=DataConfig("folder", str(root)), augmentation=AugmentationConfig(patch_size=16))
+
+
+def masks_of(*values: int, count: int = 6) -> dict[str, np.ndarray]:
+    return {f"p{n}": RNG.choice(np.array(values, np.uint8), (20, 30)) for n in range(count)}
+
+
+def test_sample_data_is_what_the_generator_draws():
+    samples = find_samples(SAMPLE.data)
+    assert Counter(sample.split for sample in samples) == {"train": 3, "val": 2, "test": 2}
+    image, mask = load_sample(samples[-1])
+    np.testing.assert_array_equal(image, make_retina((2, 1), 64).image)
+    np.testing.assert_array_equal(mask, make_retina((2, 1), 64).vessels)
+    both = load_sample(find_samples(dataclasses.replace(SAMPLE.data, labels="artery_vein"))[0])[1]
+    np.testing.assert_array_equal(both, make_retina((0, 0), 64).artery_vein)
+    images = {load_sample(sample)[0].tobytes() for sample in samples}
+    assert len(images) == 7  # no retina is in two splits
+
+
+def test_folds_over_sample_data_validate_each_image_once():
+    config = dataclasses.replace(SAMPLE.data, folds=5)
+    found = [find_samples(dataclasses.replace(config, fold=fold)) for fold in range(5)]
+    validating = [sample.name for samples in found for sample in samples if sample.split == "val"]
+    assert sorted(validating) == ["train_000", "train_001", "train_002", "val_000", "val_001"]
+
+
+def test_what_255_means_is_decided_for_the_data_set_and_not_for_the_file(tmp_path):
+    config = folder(tmp_path / "binary", masks_of(0, 255))
+    assert set(np.unique(load_sample(find_samples(config.data)[0])[1])) == {0, 1}
+    masks = masks_of(0, 255) | {"q": np.array([[0, 1, 255]] * 20, np.uint8).repeat(10, axis=1)}
+    samples = find_samples(folder(tmp_path / "classes", masks).data)
+    assert {sample.meaning for sample in samples} == {"classes"}
+    for sample in samples:
+        assert IGNORE in load_sample(sample)[1]
+    overruled = dataclasses.replace(config.data, root=str(tmp_path / "classes"), mask_values="binary")
+    assert all(IGNORE not in load_sample(sample)[1] for sample in find_samples(overruled))
+
+
+def test_the_split_depends_on_names_and_not_on_the_order_of_the_directory(tmp_path, monkeypatch):
+    config = folder(tmp_path, masks_of(0, 1, count=10)).data
+    expected = find_samples(config)
+    iterdir, walk = Path.iterdir, os.walk
+    monkeypatch.setattr(Path, "iterdir", lambda self: sorted(iterdir(self), reverse=True))
+    monkeypatch.setattr(os, "walk", lambda top: ((d, dirs[::-1], files[::-1]) for d, dirs, files in walk(top)))
+    assert find_samples(config) == expected
+
+
+def test_copies_stay_with_their_original(tmp_path):
+    masks = masks_of(0, 1, count=10)
+    masks |= {f"{name}__{change}": mask for name, mask in masks.items() for change in ("hflip", "vflip")}
+    samples = find_samples(folder(tmp_path, masks).data)
+    assert Counter(sample.split for sample in samples) == {"train": 18, "val": 6, "test": 6}
+    split_of = {sample.name: sample.split for sample in samples}
+    assert all(split_of[name] == split_of[name.split("__")[0]] for name in split_of)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda root: (root / "masks/p0_mask.png").unlink(), "p0.png"),
+        (lambda root: Image.new("L", (30, 21)).save(root / "masks/p0_mask.png"), r"p0_mask\.png.*30×21.*30×20"),
+        (lambda root: Image.new("L", (30, 20), 17).save(root / "masks/p0_mask.png"), r"p0_mask\.png.*17"),
+        (lambda root: (root / "images/p0.png").write_text("no picture"), "p0.png"),
+        (lambda root: os.truncate(root / "masks/p0_mask.png", 60), "p0_mask.png"),
+        (lambda root: (root / "images").rename(root / ".images"), "no image"),
+    ],
+)
+def test_bad_data_ends_in_one_line_that_names_the_file(tmp_path, spoil, named):
+    config = folder(tmp_path, masks_of(0, 1))
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=named):
+        [load_sample(sample) for sample in find_samples(config.data)]
+
+
+def test_missing_root_and_other_wrong_settings(tmp_path):
+    for config in (DataConfig("folder", str(tmp_path / "nowhere")), DataConfig("drive", str(tmp_path / "nowhere"))):
+        with pytest.raises(UserError, match="nowhere"):
+            find_samples(config)
+    with pytest.raises(UserError, match="observer"):
+        find_samples(DataConfig(), observer=2)
+
+
+def test_a_class_that_the_model_lacks_is_refused(tmp_path):
+    config = folder(tmp_path, masks_of(0, 1, 2, 255))
+    samples = find_samples(config.data)
+    with pytest.raises(UserError, match="num_classes"):
+        TrainingPatches(samples, config)
+    with pytest.raises(UserError, match="num_classes"):
+        WholeImages(samples, config)[0]
+    TrainingPatches(samples, dataclasses.replace(config, model=ModelConfig(num_classes=3)))
+    with pytest.raises(UserError, match="train on"):
+        TrainingPatches([sample for sample in samples if sample.split == "test"], config)
+
+
+def test_patches_are_tensors_the_network_takes():
+    image, mask = TrainingPatches(find_samples(SAMPLE.data), SAMPLE)[0]
+    assert (image.dtype, image.shape) == (torch.float32, (3, 32, 32))
+    assert (mask.dtype, mask.shape) == (torch.int64, (32, 32))
+    assert set(mask.unique().tolist()) <= {0, 1, IGNORE}
+    assert torch.isfinite(image).all()
+
+
+def test_every_epoch_shows_each_image_once_in_another_order_and_changed():
+    patches = TrainingPatches(find_samples(SAMPLE.data), SAMPLE)
+    orders = []
+    for epoch in range(8):
+        seeds: list[tuple] = []
+        patches.augment = lambda *item, log=seeds: (log.append(item[3]), item[:3])[1]
+        for place in range(len(patches)):
+            patches[epoch * len(patches) + place]
+        assert [seed[:2] for seed in seeds] == [(SAMPLE.seed, epoch)] * 3
+        orders.append(tuple(seed[2] for seed in seeds))
+        assert sorted(orders[-1]) == [1, 2, 3]
+    assert len(set(orders)) > 1
+
+
+def test_patches_are_bitwise_the_same_with_any_number_of_workers_and_from_any_start():
+    samples = find_samples(SAMPLE.data)
+
+    def draw(first: int, last: int, workers: int) -> list[torch.Tensor]:
+        loader = DataLoader(TrainingPatches(samples, SAMPLE), 4, sampler=range(first, last), num_workers=workers)
+        return [torch.cat([batch.flatten() for batch in batches]) for batches in zip(*loader, strict=True)]
+
+    whole = draw(0, 16, 0)
+    for one, other in zip(whole, draw(0, 16, 2), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(whole, draw(8, 16, 0), strict=True):
+        assert torch.equal(one[len(one) // 2 :], other)
+    other_seed = TrainingPatches(samples, dataclasses.replace(SAMPLE, seed=1))
+    assert not torch.equal(other_seed[0][0], TrainingPatches(samples, SAMPLE)[0][0])
+
+
+def test_images_beyond_the_memory_limit_come_from_mapped_files(monkeypatch):
+    samples = find_samples(SAMPLE.data)
+    expected = [TrainingPatches(samples, SAMPLE)[n] for n in range(3)]
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 30_000)
+    patches = TrainingPatches(samples, SAMPLE)
+    assert {isinstance(arrays[0], str) for arrays, _ in patches.decoded} == {True, False}
+    for one, other in zip(expected, [pickle.loads(pickle.dumps(patches))[n] for n in range(3)], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_patches_are_normalised_inside_the_field_of_view_of_the_whole_image():
+    plain = AugmentationConfig(64, False, 0, (1, 1), 0, 0, 0, 0, 0)
+    config = dataclasses.replace(SAMPLE, augmentation=plain)
+    image = load_sample(find_samples(SAMPLE.data)[0])[0]
+    whole = normalise(image, view := field_of_view(image))
+    assert 0.5 < view.mean() < 0.9
+    known = {value.tobytes() for value in whole.reshape(-1, 3)} | {np.zeros(3, np.float32).tobytes()}
+    patches = TrainingPatches(find_samples(SAMPLE.data)[:1], config)
+    patch = np.ascontiguousarray(patches[0][0].numpy().transpose(1, 2, 0))
+    assert {value.tobytes() for value in patch.reshape(-1, 3)} <= known
+    inside = WholeImages(find_samples(SAMPLE.data)[:1], config)[0][0].numpy()[:, view]
+    np.testing.assert_allclose(inside.mean(axis=1), 0, atol=1e-4)
+    np.testing.assert_allclose(inside.std(axis=1), 1, atol=1e-4)
+
+
+def test_whole_images_keep_their_size_and_name(tmp_path):
+    config = folder(tmp_path, masks_of(0, 1))
+    samples = find_samples(config.data)
+    images = WholeImages(samples, config)
+    for _ in range(2):  # decoded, then kept
+        for sample, (image, mask, name) in zip(samples, images, strict=True):
+            assert (name, tuple(image.shape), tuple(mask.shape)) == (sample.name, (3, 20, 30), (20, 30))
+            np.testing.assert_array_equal(mask, load_sample(sample)[1])
+
+
+@pytest.mark.skipif("UNET_DATA_ROOT" not in os.environ, reason="UNET_DATA_ROOT does not name a folder with DRIVE")
+def test_real_drive_and_its_second_observer():
+    config = DataConfig("drive", os.environ["UNET_DATA_ROOT"])
+    try:
+        samples = find_samples(config)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert Counter(sample.split for sample in samples) == {"train": 16, "val": 4, "test": 20}
+    first = [sample for sample in samples if sample.split == "test"]
+    both = agreed = 0
+    for one, other in zip(first, find_samples(config, observer=2), strict=True):
+        assert one.image == other.image
+        truth, second = load_sample(one)[1], load_sample(other)[1]
+        np.testing.assert_array_equal(truth == IGNORE, second == IGNORE)
+        both += (truth == 1).sum() + (second == 1).sum()
+        agreed += ((truth == 1) & (second == 1)).sum()
+    assert 2 * agreed / both == pytest.approx(0.789, abs=5e-4)

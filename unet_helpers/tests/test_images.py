@@ -1,0 +1,227 @@
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from unet_helpers.config import UserError
+from unet_helpers.images import (
+    decode_mask,
+    field_of_view,
+    list_images,
+    mask_meaning,
+    normalise,
+    read_image,
+    read_mask_values,
+    statistics_inside,
+)
+from unet_helpers.sample_data import make_retina
+
+RNG = np.random.default_rng(0)
+COLOUR = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+MASK = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None, **options) -> Path:
+    picture = Image.fromarray(array)
+    (picture.convert(mode) if mode else picture).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "bmp", "webp"])
+def test_colour_files_come_out_as_they_went_in(tmp_path, ending):
+    path = save(tmp_path / f"a.{ending}", COLOUR, **({"lossless": True} if ending == "webp" else {}))
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, COLOUR)
+
+
+def test_grey_palette_and_alpha_become_three_channels(tmp_path):
+    grey = save(tmp_path / "grey.png", COLOUR[..., 0])
+    np.testing.assert_array_equal(read_image(grey), np.repeat(COLOUR[..., :1], 3, axis=2))
+    palette = Image.fromarray(MASK).convert("P")
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.save(tmp_path / "palette.gif")
+    np.testing.assert_array_equal(read_image(tmp_path / "palette.gif"), np.array([[10, 20, 30], [200, 100, 50]])[MASK])
+    alpha = save(tmp_path / "alpha.png", np.dstack([COLOUR, np.zeros((7, 5), np.uint8)]))
+    np.testing.assert_array_equal(read_image(alpha), COLOUR)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_12_bit_camera_in_a_16_bit_grey_file_fills_the_range(tmp_path, ending):
+    values = np.array([[100, 1124], [2148, 4196]], np.uint16)
+    image = read_image(save(tmp_path / f"deep.{ending}", values))
+    assert image.dtype == np.float32
+    assert image.shape == (2, 2, 3)
+    np.testing.assert_allclose(image[..., 1], [[0, 0.25], [0.5, 1]])
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_colour_keeps_its_lower_bits_and_the_order_of_channels(tmp_path, ending):
+    values = RNG.integers(0, 4096, (6, 4, 3)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / f"deep.{ending}"), values[..., ::-1])
+    expected = (values - values.min()) / np.ptp(values).astype(float)
+    np.testing.assert_allclose(read_image(tmp_path / f"deep.{ending}"), expected, atol=1e-6)
+
+
+def test_float_file_with_nan_is_finite(tmp_path):
+    image = read_image(save(tmp_path / "f.tif", np.array([[np.nan, -5.0], [0.0, 5.0]], np.float32)))
+    np.testing.assert_allclose(image[..., 0], [[0, 0], [0.5, 1]])
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn clockwise
+    path = save(tmp_path / "turned.png", COLOUR, exif=exif)
+    np.testing.assert_array_equal(read_image(path), np.rot90(COLOUR, -1))
+
+
+def test_whatever_is_not_a_picture_is_one_clear_line_with_its_name(tmp_path):
+    (tmp_path / "text.png").write_text("I am a text")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    whole = save(tmp_path / "whole.tif", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).read_bytes()
+    (tmp_path / "cut.tif").write_bytes(whole[: len(whole) // 2])
+    whole = save(tmp_path / "whole.png", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    for name in ("text.png", "empty.png", "folder.png", "cut.tif", "cut.png", "missing.png"):
+        for read in (read_image, read_mask_values):
+            with pytest.raises(UserError, match=name) as caught:
+                read(tmp_path / name)
+            assert "\n" not in str(caught.value)
+
+
+def test_palette_mask_gives_indices_whatever_its_colours(tmp_path):
+    picture = Image.fromarray(MASK).convert("P")
+    picture.putpalette([4, 2, 4, 252, 254, 252])  # as DRIVE's second observer
+    picture.putdata(MASK.ravel().tolist())
+    picture.save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "m.png"), MASK)
+
+
+def test_one_bit_grey_and_equal_channels_give_the_stored_numbers(tmp_path):
+    np.testing.assert_array_equal(read_mask_values(save(tmp_path / "bit.png", MASK * 255, "1")), MASK)
+    np.testing.assert_array_equal(read_mask_values(save(tmp_path / "grey.png", MASK * 255)), MASK * 255)
+    for channels in ([MASK] * 3, [MASK, MASK, MASK, MASK * 0 + 200], [MASK, MASK * 0 + 9]):
+        path = save(tmp_path / f"{len(channels)}.png", np.dstack(channels))
+        np.testing.assert_array_equal(read_mask_values(path), MASK)
+    deep = read_mask_values(save(tmp_path / "deep.png", MASK.astype(np.uint16) * 300))
+    np.testing.assert_array_equal(deep, MASK.astype(np.uint16) * 300)
+
+
+def test_black_and_white_gif_is_read_by_colour_because_its_indices_mean_nothing(tmp_path):
+    for number, mask in enumerate((MASK, MASK * 0 + 1, MASK * 0)):
+        path = save(tmp_path / f"{number}.gif", mask * 255)
+        np.testing.assert_array_equal(read_mask_values(path), mask * 255)
+    picture = Image.fromarray(1 - MASK).convert("P")
+    picture.putpalette([255, 255, 255, 0, 0, 0])
+    picture.putdata((1 - MASK).ravel().tolist())
+    picture.save(tmp_path / "swapped.gif")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "swapped.gif"), MASK * 255)
+
+
+def test_jpeg_and_coloured_masks_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"m\.jpg.*JPEG.*PNG"):
+        read_mask_values(save(tmp_path / "m.jpg", MASK * 255))
+    with pytest.raises(UserError, match=r"c\.png.*colours"):
+        read_mask_values(save(tmp_path / "c.png", COLOUR))
+    with pytest.raises(UserError, match="whole numbers"):
+        read_mask_values(save(tmp_path / "f.tif", MASK.astype(np.float32) / 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "meaning"),
+    [
+        ({0}, "binary"),
+        ({0, 1}, "binary"),
+        ({1}, "binary"),
+        ({0, 255}, "binary"),
+        ({0, 1, 255}, "classes"),
+        ({0, 1, 2}, "classes"),
+        ({0, 1, 2, 255}, "classes"),
+        ({0, 2}, "classes"),
+        (set(range(12)) - {7, 10}, "classes"),
+    ],
+)
+def test_meaning_of_mask_values(values, meaning):
+    assert mask_meaning(values) == meaning
+
+
+@pytest.mark.parametrize(
+    "values", [{3, 17, 250}, {0, 1, 2, 253, 254, 255}, {0, 128}, {0, 128, 255}, set(), {255}, {0, 700}]
+)
+def test_unexpected_mask_values_are_refused(values):
+    with pytest.raises(UserError):
+        mask_meaning(values)
+
+
+def test_255_is_foreground_in_a_binary_mask_and_ignored_among_classes():
+    values = np.array([[0, 1, 255]], np.uint8)
+    np.testing.assert_array_equal(decode_mask(values, "binary"), [[0, 1, 1]])
+    np.testing.assert_array_equal(decode_mask(values, "classes"), [[0, 1, 255]])
+    with pytest.raises(UserError, match="300"):
+        decode_mask(np.array([[300]], np.uint16), "classes")
+
+
+@pytest.mark.parametrize("size", [256, (200, 300)])
+def test_field_of_view_is_found_in_the_image_alone(size):
+    retina = make_retina(3, size)
+    for image in (retina.image, retina.image.astype(np.float32) / 255):
+        view = field_of_view(image)
+        assert (view & retina.field_of_view).sum() / (view | retina.field_of_view).sum() > 0.95
+
+
+def test_pictures_without_a_round_aperture_are_all_field_of_view():
+    street = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    cells = np.zeros((100, 100, 3), np.uint8)
+    cells[20:30, 20:80], cells[30:80, 45:55], cells[70:80, 5:95] = 200, 200, 200  # bright, black corners, not convex
+    for image in (street, cells, np.zeros((9, 9, 3), np.uint8), np.full((1, 1, 3), 255, np.uint8)):
+        assert field_of_view(image).all()
+
+
+@pytest.mark.skipif("UNET_DATA_ROOT" not in os.environ, reason="UNET_DATA_ROOT does not name a folder with DRIVE")
+def test_field_of_view_agrees_with_the_official_masks_of_drive():
+    paths = sorted(Path(os.environ["UNET_DATA_ROOT"]).rglob("DRIVE/*/images/*.tif"))
+    if not paths:
+        pytest.skip("no DRIVE below UNET_DATA_ROOT")
+    for path in paths:
+        official = read_mask_values(path.parent.parent / "mask" / f"{path.stem}_mask.gif") > 0
+        view = field_of_view(read_image(path))
+        assert (view & official).sum() / (view | official).sum() > 0.98, path.name
+
+
+def test_normalisation_looks_at_the_field_of_view_only():
+    image = RNG.integers(50, 200, (20, 20, 3), dtype=np.uint8)
+    view = np.zeros((20, 20), bool)
+    view[4:16, 4:16] = True
+    image[~view] = 0
+    result = normalise(image, view)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[view].mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(result[view].std(axis=0), 1, atol=1e-5)
+    assert (result[~view] == 0).all()
+    image[~view] = 255  # what lies outside changes nothing
+    np.testing.assert_array_equal(normalise(image, view), result)
+
+
+def test_normalising_a_patch_with_the_statistics_of_its_image_is_cutting_the_normalised_image():
+    image, view = RNG.random((12, 10, 3), dtype=np.float32), RNG.random((12, 10)) > 0.3
+    patch = normalise(image[2:7, 3:9], view[2:7, 3:9], statistics_inside(image, view))
+    np.testing.assert_array_equal(patch, normalise(image, view)[2:7, 3:9])
+
+
+@pytest.mark.parametrize("view", [np.ones((4, 4), bool), np.zeros((4, 4), bool)])
+def test_constant_images_and_empty_views_stay_finite(view):
+    assert (normalise(np.full((4, 4, 3), 7, np.uint8), view) == 0).all()
+
+
+def test_listing_a_folder(tmp_path):
+    for name in ("b.PNG", "a.jpeg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG"]
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(UserError, match=folder):
+            list_images(tmp_path / folder)

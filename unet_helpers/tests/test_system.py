@@ -1,0 +1,117 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unet_helpers import system
+from unet_helpers.config import RunError, UserError
+from unet_helpers.system import (
+    find_device,
+    find_precision,
+    make_folder,
+    read_tensors,
+    without_nan,
+    write_json,
+    write_tensors,
+    write_whole,
+)
+
+
+def test_tensors_and_metadata_survive_the_way_through_a_file(tmp_path):
+    tensors = {"a": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "b": torch.tensor(3)}
+    write_tensors(tmp_path / "t.safetensors", tensors, {"epoch": "4"})
+    read, header = read_tensors(tmp_path / "t.safetensors")
+    assert header == {"epoch": "4"}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert set(load_file(tmp_path / "t.safetensors")) == {"a", "b"}  # the library's own reader agrees
+
+
+def test_weights_cut_short_or_of_another_kind_are_refused_by_name(tmp_path):
+    path = tmp_path / "w.safetensors"
+    write_tensors(path, {"a": torch.zeros(1000)})
+    for content in (path.read_bytes()[:-100], path.read_bytes()[:20], b"", b"text instead of weights"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"w\.safetensors"):
+            read_tensors(path)
+    with pytest.raises(UserError, match="no such weights"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="make room"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    code = f"""
+import os, signal, pathlib
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+from unet_helpers.system import write_whole
+write_whole(pathlib.Path({str(path)!r}), "new" * 1000)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], timeout=120)
+    assert killed.returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="file"):
+            make_folder(path)
+    assert make_folder(tmp_path / "new" / "folder").is_dir()
+    assert os.listdir(tmp_path / "new" / "folder") == []
+
+
+def test_nan_becomes_null_because_json_has_none(tmp_path):
+    write_json(tmp_path / "j.json", {"a": [1.0, float("nan")], "b": {"c": float("nan"), "d": "é"}})
+    text = (tmp_path / "j.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.0, None], "b": {"c": None, "d": "é"}}
+    assert without_nan({"x": 1}) == {"x": 1}
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="cuda"):
+        find_device("cuda")
+    assert find_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_the_fastest_device_is_found_by_itself(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert find_device("auto").type == expected
+
+
+def test_precision_follows_what_the_hardware_computes_in(monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert find_precision("auto", gpu) == expected  # a T4 (7.5) says it has bf16, and emulates it
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(system, "has_native_bf16", lambda native=native: native)
+        assert find_precision("auto", torch.device("cpu")) == expected
+    assert find_precision("auto", torch.device("mps")) == "fp32"
+    assert find_precision("fp16", gpu) == "fp16"
+    with pytest.raises(UserError, match="fp16"):
+        find_precision("fp16", torch.device("cpu"))

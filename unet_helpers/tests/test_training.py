@@ -1,0 +1,337 @@
+import csv
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unet_helpers import training
+from unet_helpers.config import AugmentationConfig, RunError, UserError, dump_config
+from unet_helpers.runs import PUBLISHED, load_run, read_history
+from unet_helpers.training import SharedBatches, learning_rate, train
+
+WEIGHTS = "model.safetensors"
+LAST = "state/last.safetensors"
+
+
+def same(path: Path, other: Path) -> bool:
+    a, b = load_file(path), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_its_five_files_and_a_state(trained_run):
+    assert {path.name for path in trained_run.iterdir()} == {*PUBLISHED, "state"}
+    assert [path.name for path in (trained_run / "state").iterdir()] == ["last.safetensors"]
+    assert (trained_run / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_history_begins_with_the_untrained_network_and_has_a_row_an_epoch(trained_run):
+    with open(trained_run / "history.csv", newline="") as file:
+        raw = list(csv.DictReader(file))
+    assert [row["epoch"] for row in raw] == ["0", "1", "2"]
+    assert [row["step"] for row in raw] == ["0", "3", "6"]
+    assert raw[0]["train_loss"] == ""
+    rows = read_history(trained_run / "history.csv")
+    assert all(row["val_correct"] <= row["val_total"] for row in rows)
+    assert rows[1]["val_accuracy"] == pytest.approx(rows[1]["val_correct"] / rows[1]["val_total"])
+    assert rows[1]["train_loss"] > rows[2]["train_loss"]
+
+
+def test_metrics_say_how_the_threshold_and_the_epoch_were_chosen(trained_run):
+    metrics = json.loads((trained_run / "metrics.json").read_text())
+    rows = read_history(trained_run / "history.csv")
+    assert metrics["best_epoch"] == max(rows, key=lambda row: row["val_dice"])["epoch"]
+    assert metrics["val"]["threshold"] == metrics["threshold"]
+    assert metrics["steps"] == 6
+    assert "test" not in metrics
+
+
+def test_training_again_gives_the_same_weights_with_any_number_of_workers(trained_run, small_config, tmp_path):
+    small_config.training.workers = 2
+    train(small_config, tmp_path / "again", quiet=True)
+    assert same(trained_run / WEIGHTS, tmp_path / "again" / WEIGHTS)
+    assert same(trained_run / LAST, tmp_path / "again" / LAST)
+
+
+def test_another_seed_gives_other_weights(trained_run, small_config, tmp_path):
+    train(replace(small_config, seed=4), tmp_path / "other", quiet=True)
+    assert not same(trained_run / WEIGHTS, tmp_path / "other" / WEIGHTS)
+
+
+def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_weights(small_config, tmp_path):
+    """Killed several times while it trains, with drop-out, which draws random numbers in the network itself."""
+    small_config.model.dropout = 0.5
+    small_config.training.epochs = 4
+    small_config.training.steps_per_epoch = 6
+    train(small_config, tmp_path / "whole", quiet=True)
+    (tmp_path / "c.yaml").write_text(dump_config(small_config))
+    run = tmp_path / "killed"
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from unet_helpers.config import load_config\nfrom unet_helpers.training import train\n"
+        "train(load_config(sys.argv[1]), sys.argv[2], resume=sys.argv[3] == 'resume', quiet=True)\n"
+    )
+    kills = 0
+    while not (run / "metrics.json").exists():
+        resume = "resume" if (run / LAST).exists() else "new"
+        if resume == "new":
+            for file in run.glob("*.*"):
+                file.unlink()
+        before = (run / LAST).stat().st_mtime_ns if (run / LAST).exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "c.yaml", run, resume])
+        # Let it finish an epoch, then kill it somewhere in the next one; the third time let it run to its end.
+        while process.poll() is None and kills < 2:
+            if (run / LAST).exists() and (run / LAST).stat().st_mtime_ns != before:
+                time.sleep(0.05 * kills)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait(timeout=120)
+    assert kills == 2
+    assert same(tmp_path / "whole" / WEIGHTS, run / WEIGHTS)
+    assert same(tmp_path / "whole" / LAST, run / LAST)
+    histories = [read_history(path / "history.csv") for path in (tmp_path / "whole", run)]
+    timings = {"seconds": 0, "images_per_second": 0}
+    assert [row | timings for row in histories[0]] == [row | timings for row in histories[1]]
+
+
+def test_an_interrupted_epoch_is_repeated_with_the_same_random_numbers(small_config, tmp_path, monkeypatch):
+    small_config.model.dropout = 0.5
+    small_config.training.epochs = 3
+    train(small_config, tmp_path / "whole", quiet=True)
+
+    steps = itertools.count()
+    real = training.train_step
+
+    def interrupted(*arguments):
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_config, tmp_path / "run", quiet=True)
+    monkeypatch.setattr(training, "train_step", real)
+    torch.manual_seed(99)  # whatever the process did in between
+    small_config.training.workers = 1
+    train(small_config, tmp_path / "run", resume=True, quiet=True)
+    assert same(tmp_path / "whole" / WEIGHTS, tmp_path / "run" / WEIGHTS)
+    assert same(tmp_path / "whole" / LAST, tmp_path / "run" / LAST)
+
+
+def test_the_saved_weights_are_the_average_over_time(small_config, tmp_path):
+    """With one step an epoch and decay d the average is d times the one before plus (1-d) times the plain weights."""
+    small_config.training.steps_per_epoch = 1
+    small_config.training.epochs = 3
+    small_config.training.ema_decay = 0.7
+    small_config.training.keep_every_epoch = True
+    train(small_config, tmp_path / "run", quiet=True)
+    kept = sorted((tmp_path / "run" / "state").glob("epoch_*.safetensors"))
+    assert [path.name[:10] for path in kept] == [f"epoch_{epoch:04d}" for epoch in range(4)]
+    before, averaged = load_file(kept[2]), load_file(kept[3])
+    plain = {
+        k.removeprefix("network."): v for k, v in load_file(tmp_path / "run" / LAST).items() if k.startswith("network.")
+    }
+    key = "stem.conv1.weight"
+    assert not torch.equal(plain[key], averaged[key])
+    torch.testing.assert_close(averaged[key], 0.7 * before[key] + 0.3 * plain[key])
+    # Batch norm's statistics are averaged as well: they belong to the averaged weights.
+    key = "stem.norm1.running_mean"
+    torch.testing.assert_close(averaged[key], 0.7 * before[key] + 0.3 * plain[key])
+
+
+def test_without_averaging_the_plain_weights_are_saved(small_config, tmp_path):
+    small_config.training.ema_decay = 0.0
+    small_config.training.keep_every_epoch = True
+    train(small_config, tmp_path / "run", quiet=True)
+    averaged = load_file(sorted((tmp_path / "run" / "state").glob("epoch_*"))[-1])
+    plain = load_file(tmp_path / "run" / LAST)
+    assert all(torch.equal(value, plain[f"network.{key}"]) for key, value in averaged.items())
+
+
+def test_runs_of_different_precision_can_follow_each_other_in_one_process(small_config, tmp_path):
+    for precision, used in (("bf16", "bf16"), ("fp32", "no")):
+        small_config.training = replace(small_config.training, precision=precision, epochs=1)
+        assert train(small_config, tmp_path / precision, quiet=True)["precision"] == used
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("unet", {"padding": "valid", "norm": "none"}),
+        ("unet", {"norm": "group", "activation": "pysilu", "upsampling": "bilinear"}),
+        ("Unet", {"encoder": "resnet18"}),
+    ],
+)
+def test_other_networks_train_and_load_too(small_config, tmp_path, architecture, settings):
+    small_config.model = replace(small_config.model, architecture=architecture, **settings)
+    small_config.augmentation = replace(small_config.augmentation, patch_size=64)
+    small_config.training.epochs = 1
+    small_config.training.steps_per_epoch = 1
+    metrics = train(small_config, tmp_path / "run", quiet=True)
+    assert 0 <= metrics["val"]["dice"] <= 1
+    load_run(tmp_path / "run")
+
+
+def test_several_classes_train_too(small_config, tmp_path):
+    small_config.data.labels = "artery_vein"
+    small_config.model.num_classes = 3
+    metrics = train(small_config, tmp_path / "run", quiet=True)
+    assert metrics["threshold"] is None
+    assert len(metrics["val"]["per_class"]["dice"]) == 3
+    assert load_run(tmp_path / "run").threshold is None
+
+
+def test_labels_that_the_network_has_no_class_for_are_refused_before_training(small_config, tmp_path):
+    small_config.data.labels = "artery_vein"
+    with pytest.raises(UserError, match="num_classes"):
+        train(small_config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_the_last_checkpoint(small_config, tmp_path, monkeypatch):
+    real, steps = training.train_step, itertools.count()
+
+    def broken(*arguments):
+        loss = real(*arguments)
+        return loss * float("nan") if next(steps) == 4 else loss
+
+    monkeypatch.setattr(training, "train_step", broken)
+    with pytest.raises(RunError, match=r"epoch 2.*learning_rate"):
+        train(small_config, tmp_path / "run", quiet=True)
+    assert [row["epoch"] for row in read_history(tmp_path / "run" / "history.csv")] == [0, 1]
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run" / WEIGHTS).values())
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: not enough memory: you tried"])
+def test_full_memory_says_which_setting_to_lower(small_config, tmp_path, monkeypatch, message):
+    def full(*arguments):
+        raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(RunError, match=r"training\.batch_size \(now 4\)"):
+        train(small_config, tmp_path / "run", quiet=True)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(trained_run, small_config):
+    before = (trained_run / WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(small_config, trained_run, quiet=True)
+    assert (trained_run / WEIGHTS).read_bytes() == before
+
+
+def test_a_run_is_not_resumed_with_other_settings(trained_run, small_config, tmp_path):
+    small_config.training.learning_rate = 1e-4
+    with pytest.raises(UserError, match=r"training\.learning_rate"):
+        train(small_config, trained_run, resume=True, quiet=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(small_config, tmp_path / "empty", resume=True, quiet=True)
+
+
+def test_an_output_that_is_a_file_is_refused(small_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        train(small_config, tmp_path / "file", quiet=True)
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_zero():
+    rates = [learning_rate(step, 100, 2.0, 0.1) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], np.linspace(0.2, 2.0, 10))
+    scheduler_like = [1 + math.cos(math.pi * k / 90) for k in range(1, 91)]
+    np.testing.assert_allclose(rates[10:], scheduler_like, atol=1e-12)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    assert all(math.isfinite(learning_rate(0, 1, 1.0, share)) for share in (0.0, 0.5, 0.99))
+
+
+def test_processes_share_each_batch_without_overlap():
+    shares = [list(SharedBatches(2, 5, 6, process, 3)) for process in range(3)]
+    for step in range(3):
+        together = sum((share[step] for share in shares), [])
+        assert together == list(range((2 + step) * 6, (3 + step) * 6))
+
+
+def test_two_processes_give_the_loss_of_one_with_the_same_batch(small_config, tmp_path):
+    """Group norm, fp32, no augmentation; patches hold unequal numbers of valid pixels, so averaging averages fails."""
+    small_config.model.norm = "group"
+    small_config.augmentation = AugmentationConfig(
+        patch_size=48, flips=False, rotation=0, scale=(1, 1), brightness=0, contrast=0, noise=0
+    )
+    (tmp_path / "c.yaml").write_text(dump_config(small_config))
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from unet_helpers import training\nfrom unet_helpers.config import load_config\n"
+        "real = training.make_accelerator\n"
+        "def noisy(*settings):\n"
+        "    accelerator = real(*settings)\n"
+        "    if accelerator.is_main_process: print('processes', accelerator.num_processes, flush=True)\n"
+        "    return accelerator\n"
+        "training.make_accelerator = noisy\n"
+        "training.train(load_config(sys.argv[1]), sys.argv[2], quiet=True)\n"
+    )
+    (tmp_path / "job.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(tmp_path / "job.py"), str(tmp_path / "c.yaml"), str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "processes 2" in done.stdout
+    train(small_config, tmp_path / "one", quiet=True)
+    one, two = (read_history(tmp_path / name / "history.csv") for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["val_correct"] == pytest.approx(ours["val_correct"], abs=3)
+        assert theirs["val_total"] == ours["val_total"]
+        for name in ("train_loss", "val_loss", "val_dice"):
+            if ours["epoch"] or name != "train_loss":  # the untrained network has none
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
+    a, b = load_file(tmp_path / "one" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(small_config, tmp_path, monkeypatch):
+    real = training.make_accelerator
+
+    def three(*settings):
+        accelerator = real(*settings)
+        monkeypatch.setattr(type(accelerator), "num_processes", 3)
+        return accelerator
+
+    monkeypatch.setattr(training, "make_accelerator", three)
+    with pytest.raises(UserError, match=r"training\.batch_size"):
+        train(small_config, tmp_path / "run", quiet=True)
+
+
+def test_tensorboard_gets_the_history(small_config, tmp_path):
+    small_config.training.tensorboard = True
+    train(small_config, tmp_path / "run", quiet=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next((tmp_path / "run" / "state" / "tensorboard").rglob("events*")).parent))
+    events.Reload()
+    written = [event.value for event in events.Scalars("val_dice")]
+    assert written == pytest.approx(
+        [row["val_dice"] for row in read_history(tmp_path / "run" / "history.csv")], rel=1e-5
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_gpu_trains_in_every_precision(small_config, tmp_path, precision):
+    """fp16 with a gradient scaler is what a T4 uses; it can be forced on any GPU."""
+    small_config.training = replace(small_config.training, device="cuda", precision=precision)
+    metrics = train(small_config, tmp_path / "run", quiet=True)
+    expected = {"fp16": "fp16", "bf16": "bf16", "fp32": "no"}[precision]
+    assert metrics["precision"] == expected
+    small_config.training.epochs = 3
+    assert read_history(tmp_path / "run" / "history.csv")[-1]["train_loss"] > 0

@@ -1,0 +1,269 @@
+"""Train a network: one loop that runs the same on a CPU, on one GPU and, through `torchrun`, on several.
+
+An epoch is a number of steps followed by one validation, one line of report and one checkpoint. Nothing that happens in
+an epoch depends on what happened in another, other than through the weights and the optimiser: patches are drawn from
+(seed, epoch, index) and dropout from (seed, epoch). A checkpoint therefore holds everything, and a run that was killed
+and resumed ends with the weights of one that never was.
+
+Several processes share each batch. Gradients, losses and scores are those of the whole batch; only batch norm's
+statistics are each process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
+"""
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from unet_helpers.config import Config, RunError, UserError, check_config
+from unet_helpers.datasets import TrainingPatches, WholeImages
+from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
+from unet_helpers.losses import SegmentationLoss
+from unet_helpers.model import build_model, center_crop, count_parameters
+from unet_helpers.runs import Progress, load_state, load_weights, new_run, save_epoch
+from unet_helpers.system import describe_device, find_device, find_precision, keep_freed_memory, write_json
+
+
+def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
+    """Train a network and write its run folder.
+
+    Args:
+        config: every setting. With `resume` it must be the interrupted run's, but for where and how fast it runs.
+        run: the run folder; it must not hold another run, unless `resume`.
+        resume: go on after the last finished epoch.
+        quiet: print nothing.
+
+    Returns:
+        The content of `metrics.json`: validation scores, the threshold chosen there, and how they came about.
+
+    Raises:
+        UserError: for wrong settings or data, before anything is written.
+        RunError: if the loss is no longer a number, memory or disk is full.
+    """
+    check_config(config)
+    run, settings = Path(run), config.training
+    accelerator = make_accelerator(config, run)
+    main, device = accelerator.is_main_process, accelerator.device
+    processes = accelerator.num_processes
+    if settings.batch_size % processes:
+        raise UserError(
+            f"training.batch_size is {settings.batch_size}, which {processes} processes cannot share evenly."
+        )
+    num_classes = config.model.num_classes
+    patches = TrainingPatches(samples_of(config, "train"), config)
+    validation = WholeImages(samples_of(config, "val"), config)
+
+    torch.manual_seed(config.seed)
+    network = build_model(config.model)
+    average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
+    )
+    model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
+    loss_function = SegmentationLoss(num_classes, settings.dice_weight)
+    if main:
+        new_run(run, config, resume)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+    progress = load_state(run, network, average, optimiser, accelerator.scaler) if resume else Progress()
+
+    steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
+    total = steps * settings.epochs
+    batches = SharedBatches(progress.epoch * steps, total, settings.batch_size, accelerator.process_index, processes)
+    loader = iter(
+        DataLoader(patches, batch_sampler=batches, num_workers=settings.workers, pin_memory=device.type == "cuda")
+    )
+
+    def close_epoch(rate: float, train_loss: float | None, speed: float | None, started: float) -> None:
+        for buffer in average.buffers():
+            broadcast(buffer)  # batch norm's statistics: every process validates the network that is saved
+        scores = validate(average.module, validation, loss_function, accelerator)
+        progress.record(progress.epoch * steps, rate, train_loss, speed, time.perf_counter() - started, scores)
+        if main:
+            save_epoch(run, config, progress, network, average, optimiser, accelerator.scaler)
+            if settings.tensorboard:
+                row = {name: value for name, value in progress.history[-1].items() if value is not None}
+                accelerator.log(row, step=progress.epoch)
+            if not quiet:
+                tqdm.write(progress.line(settings.epochs))
+
+    try:
+        if not progress.history:
+            close_epoch(0.0, None, None, time.perf_counter())  # row 0: the untrained network
+        for epoch in range(progress.epoch, settings.epochs):
+            torch.manual_seed(mix_seed(config.seed, epoch, accelerator.process_index))
+            model.train()
+            losses, started = torch.zeros((), device=device), time.perf_counter()
+            bar = tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=quiet or not main, unit="step")
+            for step in bar:
+                rate = learning_rate(epoch * steps + step, total, settings.learning_rate, settings.warmup)
+                images, masks = next(loader)
+                loss = train_step(model, optimiser, loss_function, accelerator, images, masks, rate, settings.clip_norm)
+                average.update_parameters(network)
+                losses += loss
+                if step % 10 == 0:
+                    check_finite(loss, epoch, step)
+                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            check_finite(losses, epoch, step)
+            progress.epoch = epoch + 1
+            speed = steps * settings.batch_size / (time.perf_counter() - started)
+            close_epoch(rate, losses.item() / steps, speed, started)
+        metrics = finish(run, config, progress, accelerator, validation)
+        accelerator.end_training()
+        return metrics
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"The memory of {device} is full; lower training.batch_size (now {settings.batch_size}) or "
+            f"augmentation.patch_size (now {config.augmentation.patch_size}), then start again."
+        ) from error
+
+
+def finish(run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages) -> dict:
+    """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
+    accelerator.wait_for_everyone()
+    network, num_classes, device = build_model(config.model), config.model.num_classes, accelerator.device
+    load_weights(network, run / "model.safetensors")
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    metrics = {}
+    if accelerator.is_main_process:
+        threshold = choose_threshold(network, validation, device) if num_classes == 1 else None
+        result = score_images(network, validation, num_classes, device, threshold)
+        metrics = {
+            "threshold": threshold,
+            "best_epoch": progress.best_epoch,
+            "epochs": config.training.epochs,
+            "steps": progress.history[-1]["step"],
+            "parameters": count_parameters(network),
+            "training_images": [sample.name for sample in samples_of(config, "train")],
+            "seconds": round(sum(row["seconds"] for row in progress.history), 1),
+            "device": describe_device(device),
+            "processes": accelerator.num_processes,
+            "precision": accelerator.mixed_precision,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "val": summarise(result, threshold, flips=True),
+        }
+        write_json(run / "metrics.json", metrics)
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
+    """Hugging Face's wrapper for devices, processes and mixed precision, set as the configuration asks."""
+    device = find_device(config.training.device)
+    precision = find_precision(config.training.precision, device)
+    keep_freed_memory()
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # or a second run in a notebook keeps the first's device
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with="tensorboard" if run and config.training.tensorboard else None,
+        project_dir=run / "state" if run else None,
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    loss_function: SegmentationLoss,
+    accelerator: Accelerator,
+    images: Tensor,
+    masks: Tensor,
+    rate: float,
+    clip_norm: float,
+) -> Tensor:
+    """One step of the optimiser on this process's share of a batch.
+
+    Args:
+        model: in training mode.
+        optimiser: its learning rate is set to `rate` first.
+        loss_function: see `SegmentationLoss`.
+        accelerator: moves tensors, scales and synchronises gradients.
+        images: float32 (B, C, H, W).
+        masks: int64 (B, H, W), 255 where nothing is learned; cropped to the output where convolutions are valid.
+        rate: learning rate of this step.
+        clip_norm: largest norm of the gradient; 0 does not clip.
+
+    Returns:
+        The loss of the whole batch before the step, detached.
+    """
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    images = images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
+    masks = masks.to(accelerator.device, non_blocking=True)
+    logits = model(images)
+    loss = loss_function(logits, center_crop(masks, logits.shape[-2:]), reduce_over(accelerator))
+    accelerator.backward(loss)
+    if clip_norm:
+        accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    optimiser.step()
+    optimiser.zero_grad()
+    return loss.detach()
+
+
+def reduce_over(accelerator: Accelerator):
+    """A function that adds a tensor up over all processes, or None if there is one."""
+    return (lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
+    """Learning rate of step `step` of `total`: a linear rise over the share `warmup`, then half a cosine down to 0."""
+    rise = max(round(total * warmup), 1)
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / max(total - rise, 1)))
+
+
+class SharedBatches:
+    """Numbers of the patches that one of several processes takes of each batch, from step `start` to step `stop`.
+
+    Step s of a run is made of patches s·B to s·B + B - 1, however many processes share them.
+    """
+
+    def __init__(self, start: int, stop: int, batch_size: int, process: int, processes: int) -> None:
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+        self.share = batch_size // processes
+        self.offset = process * self.share
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size + self.offset
+            yield list(range(first, first + self.share))
+
+
+def mix_seed(*numbers: int) -> int:
+    """One seed from several numbers, well mixed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def check_finite(loss: Tensor, epoch: int, step: int) -> None:
+    """Stop as soon as the loss is not a number: no checkpoint is written, the last one stays."""
+    if not math.isfinite(loss.item()):
+        raise RunError(
+            f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}: try a lower training.learning_rate, "
+            "training.precision=fp32, or training.clip_norm=1."
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory is full, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        text in str(error) for text in ("out of memory", "not enough memory")
+    )
