@@ -1,8 +1,8 @@
 """The command line: `python -m unet_helpers prepare|train|evaluate|predict|benchmark`.
 
 Every setting of a run is a flag that is called as in `config.yaml`: `--training.epochs 20`. A YAML file given with
-`--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings; 130
-when interrupted.
+`--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings;
+130 when interrupted.
 """
 
 import datetime
@@ -13,7 +13,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from unet_helpers.config import Config, DataConfig, RunError, UserError, check_config, from_parsed, one_line
+from unet_helpers.config import (
+    Config,
+    DataConfig,
+    RunError,
+    UserError,
+    check_config,
+    from_parsed,
+    load_config,
+    one_line,
+)
 
 DATA_SETS = ("sample", "drive", "folder")
 
@@ -45,8 +54,7 @@ def prepare_command(args: Namespace) -> None:
 
     Writes OUTPUT/NAME_{train,val,test}.csv with the columns image, mask, field_of_view, group and split.
     """
-    from unet_helpers.augmentation import expand_offline
-    from unet_helpers.prepare import prepare
+    from unet_helpers.prepare import expand_offline, prepare
 
     data = DataConfig(name=args.name, root=args.data_root, **args.data.as_dict())
     check_config(Config(data=data))
@@ -85,9 +93,7 @@ def train_command(args: Namespace) -> None:
     metrics = train(config, run, resume=bool(args.resume))
     if metrics:  # on the main process
         threshold = "" if metrics["threshold"] is None else f", threshold {metrics['threshold']}"
-        print(
-            f"Validation Dice {metrics['val']['dice']:.4f} (epoch {metrics['best_epoch']}{threshold}). Written to {run}."
-        )
+        print(f"Validation Dice {metrics['val']['dice']:.4f} (epoch {metrics['best_epoch']}{threshold}), in {run}.")
 
 
 def run_arguments(parser: Parser) -> None:
@@ -200,12 +206,13 @@ def parse(arguments: list[str]) -> Namespace:
         commands.add_subcommand(name, command, help=function.__doc__.split("\n")[0])
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if arguments[0] == "train" and name == "--resume":
-            run = Path(value or " ".join(arguments[index + 1 : index + 2]))
-            if not (run / "config.yaml").is_file():
-                raise UserError(f"{run}: there is nothing to resume, config.yaml is missing.")
-            arguments = ["train", "--config", str(run / "config.yaml"), *arguments[1:]]
-            break
+        if name in ("--config", "--resume"):
+            path = Path(value or " ".join(arguments[index + 1 : index + 2]))
+            path = path / "config.yaml" if name == "--resume" else path
+            load_config(path)  # names the file if something is wrong with it
+            if name == "--resume":
+                arguments = [arguments[0], "--config", str(path), *arguments[1:]]
+                break
     return parser.parse_args(arguments)
 
 
@@ -219,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("error: interrupted (an unfinished training goes on with `train --resume RUN`)", file=sys.stderr)
         return 130
     return 0
 

@@ -1,22 +1,21 @@
 """The non-linearities a network can be built with, by name, and our own among them: PySiLU.
 
-PySiLU is the identity for x >= 0 and x / (1 + x²) below, a dip that reaches -1/2 at x = -1 and fades to 0 like 1/x:
-smooth at 0 and never quite dead on the negative side, as SiLU is, but without an exponential.
+Below 0 it is a dip that reaches -1/2 at x = -1 and fades to 0 like 1/x: smooth at 0 and never quite dead on the
+negative side, as SiLU is, but without an exponential.
 """
 
 import torch
 from torch import nn
 
-from unet_helpers.config import UserError
+from unet_helpers.config import need
 
 
 class _PySiLUFunction(torch.autograd.Function):
     """Value and gradient written out by hand: x⁺ + x⁻ q with q = 1 / (1 + x⁻²), and q (2 q - 1).
 
-    x⁺ is x where it is positive, x⁻ where it is negative, else 0. Left to autograd, `where(x < 0, x / (1 + x * x), x)`
-    gives NaN for -inf and a NaN gradient for +inf, overflows in half precision from |x| = 256 on, and keeps several
-    intermediate results for the backward pass. Here only the input is kept, nothing is computed in half precision,
-    and q is 0 where x² overflows.
+    Left to autograd, `where(x < 0, x / (1 + x * x), x)` gives NaN for -inf and a NaN gradient for +inf, overflows in
+    half precision from |x| = 256 on, and keeps several intermediate results for the backward pass. Here only the input
+    is kept, nothing is computed in half precision, and q is 0 where x² overflows.
     """
 
     @staticmethod
@@ -41,14 +40,13 @@ def _negative_part(x: torch.Tensor) -> torch.Tensor:
 
 
 class PySiLU(nn.Module):
-    """x for x >= 0 and x / (1 + x²) below, element by element.
+    """x for x >= 0 and x / (1 + x²) below, in shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN.
 
-    Shape and dtype of the output are those of the input (any floating dtype). The gradient is 1 for x >= 0 (both
-    sides agree at 0) and (1 - x²) / (1 + x²)² below; value and gradient are 0 at -inf. NaN stays NaN.
+    The gradient is 1 for x >= 0 (both sides agree at 0) and (1 - x²) / (1 + x²)² below.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the function to a tensor of any shape."""
+        """Return the function's values."""
         return _PySiLUFunction.apply(x)
 
 
@@ -67,6 +65,5 @@ def make_activation(name: str) -> nn.Module:
 
     None of them works in place, so that what a hook sees on the layer before is what that layer computed.
     """
-    if name not in ACTIVATIONS:
-        raise UserError(f"activation is {name}, but it must be one of {', '.join(ACTIVATIONS)}.")
+    need(name in ACTIVATIONS, "activation", name, f"one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]()

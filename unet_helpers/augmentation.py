@@ -1,10 +1,9 @@
 """Random changes to a training image while it is on its way into the network: no two epochs show the same picture.
 
-Geometry comes first and is applied in a single interpolation, straight from the whole image into the patch: centre,
-rotation, scale and elastic deformation together. Then flips, then changes of light and noise, which leave the mask
-alone. The image is interpolated linearly, the mask and the field of view by nearest neighbour, so that no class index
-is invented; whatever comes from outside the image is 255 in the mask and outside the field of view. All of it depends
-on the seed alone. Albumentations supplies flips, gamma and noise, and puts the steps in order.
+Geometry comes first, in a single interpolation straight from the whole image into the patch; then flips, then changes
+of light and noise, which leave the mask alone. The mask and the field of view are interpolated by nearest neighbour, so
+that no class index is invented; whatever comes from outside the image is 255 in the mask and outside the field of view.
+Albumentations supplies flips, gamma and noise, and puts the steps in order.
 """
 
 import math
@@ -23,9 +22,8 @@ import cv2
 
 from unet_helpers.config import IGNORE, AugmentationConfig
 
-Augmentation = Callable[
-    [np.ndarray, np.ndarray, np.ndarray, int | Sequence[int]], tuple[np.ndarray, np.ndarray, np.ndarray]
-]
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+Augmentation = Callable[[np.ndarray, np.ndarray, np.ndarray, int | Sequence[int]], Arrays]
 
 cv2.setNumThreads(0)  # a patch is too small to share between threads; loader workers run side by side instead
 
@@ -34,9 +32,9 @@ class RandomPatch(A.DualTransform):
     """Cut a square patch around a random point of the image: rotated, scaled and deformed in one interpolation.
 
     The centre lies anywhere in the image, so a pixel at the edge is seen half as often as one in the middle; patches
-    that must lie inside the image would almost never show it. The elastic deformation is that of the U-Net paper
-    (Ronneberger et al. 2015, section 3.1): random displacements on a coarse 3 x 3 grid, interpolated bicubically, whose
-    standard deviation is the paper's 10 pixels for a patch of 512 and smaller in proportion.
+    inside the image would almost never show it. The elastic deformation is the U-Net paper's (Ronneberger et al. 2015,
+    section 3.1): random displacements on a coarse 3 x 3 grid, interpolated bicubically, whose standard deviation is the
+    paper's 10 pixels for a patch of 512 and smaller in proportion.
     """
 
     def __init__(self, size: int, rotation: float, scale: tuple[float, float], elastic: float):
@@ -66,9 +64,7 @@ class RandomPatch(A.DualTransform):
         """Mask (or field of view as 0/1) to patch, by nearest neighbour, 255 outside."""
         return self._warp(mask, matrix, grid, cv2.INTER_NEAREST, IGNORE)
 
-    def _warp(
-        self, array: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, interpolation: int, fill: int
-    ) -> np.ndarray:
+    def _warp(self, array: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, interpolation: int, fill: int):
         # Only the window around the patch goes to OpenCV, which refuses images of more than 32767 pixels a side.
         corners = matrix @ np.array([[0, self.size, 0, self.size], [0, 0, self.size, self.size], [1, 1, 1, 1]])
         margin = 2 + (0 if grid is None else math.ceil(1.5 * np.abs(grid).max()))
@@ -76,23 +72,20 @@ class RandomPatch(A.DualTransform):
         right, bottom = np.maximum(1, np.ceil(corners.max(axis=1)).astype(int) + margin)
         window = np.ascontiguousarray(array[top:bottom, left:right])
         matrix = matrix - [[0, 0, left], [0, 0, top]]
-        options = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}
+        options, size = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}, (self.size, self.size)
         if grid is None:
-            flags = interpolation | cv2.WARP_INVERSE_MAP
-            return cv2.warpAffine(window, matrix, (self.size, self.size), flags=flags, **options)
+            return cv2.warpAffine(window, matrix, size, flags=interpolation | cv2.WARP_INVERSE_MAP, **options)
         rows, columns = np.mgrid[: self.size, : self.size].astype(np.float32)
-        moved = cv2.resize(grid.astype(np.float32), (self.size, self.size), interpolation=cv2.INTER_CUBIC)
-        source = moved + np.stack(
-            [matrix[axis, 0] * columns + matrix[axis, 1] * rows + matrix[axis, 2] for axis in (0, 1)], axis=-1
-        )
+        moved = cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
+        straight = [matrix[axis, 0] * columns + matrix[axis, 1] * rows + matrix[axis, 2] for axis in (0, 1)]
+        source = moved + np.stack(straight, axis=-1)
         return cv2.remap(window, source.astype(np.float32), None, interpolation, **options)
 
 
 class ChannelLight(A.ImageOnlyTransform):
     """Change brightness (an offset) and contrast (a gain) of each colour channel on its own.
 
-    A change that all channels share is mostly undone by normalising whole images, as prediction does;
-    what differs between cameras and eyes is the colour.
+    A change that all channels share is mostly undone by normalising; what differs between cameras and eyes is colour.
     """
 
     def __init__(self, brightness: float, contrast: float):
@@ -115,10 +108,9 @@ class ChannelLight(A.ImageOnlyTransform):
 def make_augmentation(config: AugmentationConfig) -> Augmentation:
     """Build the augmentation that `config` describes.
 
-    Returns:
-        A function of (image, mask, view, seed): image uint8 (H, W, 3), or float32 in 0..1; mask uint8 (H, W); view bool
-        (H, W), the field of view; seed an integer or a sequence of integers. It returns the three as patches of
-        `config.patch_size`, same types; the same seed gives the same patch, in any process. It can be pickled.
+    It is a function, which can be pickled, of (image, mask, view, seed): image uint8 (H, W, 3), or float32 in 0..1;
+    mask uint8 (H, W); view bool (H, W), the field of view; seed an integer or a sequence of integers. It returns the
+    three as patches of `config.patch_size`, same types; the same seed gives the same patch, in any process.
     """
     steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
     if config.flips:
@@ -132,7 +124,7 @@ def make_augmentation(config: AugmentationConfig) -> Augmentation:
     return partial(_augment, A.Compose(steps, additional_targets={"view": "mask"}))
 
 
-def _augment(pipeline: A.Compose, image: np.ndarray, mask: np.ndarray, view: np.ndarray, seed: int | Sequence[int]):
+def _augment(pipeline: A.Compose, image: np.ndarray, mask: np.ndarray, view: np.ndarray, seed) -> Arrays:
     rng = np.random.default_rng(seed)
     # One stream for all steps: `set_random_seed` starts each at the same number, and both flips would fall together.
     pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))

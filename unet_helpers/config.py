@@ -1,11 +1,11 @@
 """Every setting of a run, as nested dataclasses: what `config.yaml` holds, the command line offers and notebooks use.
 
-A configuration is checked once, by `check_config`, before anything is read or written; whatever is wrong ends in a
-`UserError`, whose one line names the setting, says what is wrong and what to do.
+A configuration is checked once, by `check_config`, before anything is read or written.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,8 +32,8 @@ class DataConfig:
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
         mask_values: for `folder`: what the values in mask files mean. `auto` decides once for the whole data set;
             `binary`: anything but 0 is foreground; `classes`: values are class indices and 255 is "ignore".
-        group_pattern: for `folder`: regular expression matched at the start of a file's stem; its first group names what must stay on one
-            side of a split. The default is the stem itself without a `__copy` suffix; `(.{12})` is a car in Carvana.
+        group_pattern: for `folder`: regular expression for the start of a file's stem; names with the same first group
+            stay on one side of a split. The default is the stem without a `__copy` suffix; `(.{12})` is Carvana's car.
         val_share: share of the groups kept for validation.
         test_share: for `folder` without a test folder: share of the groups kept for testing.
         folds: number of folds for cross-validation; 0 splits once, by `val_share`.
@@ -125,10 +125,9 @@ class TrainingConfig:
         batch_size: patches per step, over all processes together.
         learning_rate: peak learning rate of AdamW.
         weight_decay: of AdamW.
-        warmup: share of all steps during which the learning rate rises linearly; afterwards it falls along a cosine to 0.
+        warmup: share of all steps during which the learning rate rises linearly; then it falls along a cosine to 0.
         clip_norm: largest norm of the gradient; 0 does not clip.
-        ema_decay: weights are averaged over time with this decay and the average is what is validated and saved;
-            0 does not average.
+        ema_decay: weights are averaged over time with this decay, and the average is what is saved; 0: as they are.
         dice_weight: weight of the soft Dice loss beside the cross-entropy, whose weight is 1.
         precision: `auto` takes bf16 or fp16 where the device computes in it natively, fp32 elsewhere.
         device: `auto` takes CUDA, then Apple's MPS, then the CPU.
@@ -174,107 +173,67 @@ class Config:
 
 SECTIONS = {"data": DataConfig, "augmentation": AugmentationConfig, "model": ModelConfig, "training": TrainingConfig}
 
+# What types cannot express: settings, when a value x of theirs is right, and how to say so.
+RULES = [
+    ("training.epochs training.batch_size augmentation.patch_size", lambda x: x >= 1, "at least 1"),
+    ("seed data.split_seed training.workers", lambda x: x >= 0, "0 or more"),
+    ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("data.val_share data.test_share", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("augmentation.brightness augmentation.contrast", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("augmentation.elastic augmentation.gamma augmentation.noise", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("augmentation.rotation", lambda x: 0 <= x <= 180, "between 0 and 180 degrees"),
+    ("augmentation.scale", lambda x: 0 < x[0] <= x[1] < math.inf, "two positive numbers, the smaller one first"),
+    ("training.learning_rate", lambda x: 0 < x < math.inf, "a positive number"),
+    ("training.steps_per_epoch", lambda x: x is None or x >= 1, "at least 1, or null for one pass over the images"),
+    ("data.folds", lambda x: x == 0 or x >= 2, "0 (one split) or at least 2"),
+    ("data.sample_images", lambda x: min(x) >= 1, "three numbers of at least 1"),
+    ("data.sample_size", lambda x: x >= 32, "at least 32 pixels"),
+    ("model.num_classes", lambda x: x >= 1, "1 (binary) or the number of classes"),
+    ("model.in_channels", lambda x: x == 3, "3, because images are read as RGB"),
+    ("model.widths", lambda x: len(x) >= 1 and min(x) >= 1, "one positive number a level"),
+]
+
+
+def need(condition: bool, setting: str, value: object, rule: str) -> None:
+    """Raise `UserError` unless the condition holds."""
+    if not condition:
+        value = list(value) if isinstance(value, tuple) else value
+        raise UserError(f"{setting} is {value}, but it must be {rule}.")
+
 
 def check_config(config: Config) -> None:
-    """Check the ranges that types cannot express.
-
-    Raises:
-        UserError: for the first setting that is out of range.
-    """
-    data, augmentation, model, training = config.data, config.augmentation, config.model, config.training
-
-    def need(condition: bool, setting: str, value: object, rule: str) -> None:
-        if not condition:
-            raise UserError(f"{setting} is {value}, but it must be {rule}.")
-
-    for name in ("epochs", "batch_size"):
-        need(getattr(training, name) >= 1, f"training.{name}", getattr(training, name), "at least 1")
-    steps = training.steps_per_epoch
-    need(
-        steps is None or steps >= 1,
-        "training.steps_per_epoch",
-        steps,
-        "at least 1, or null for one pass over the images",
-    )
-    need(
-        0 < training.learning_rate < float("inf"), "training.learning_rate", training.learning_rate, "a positive number"
-    )
-    for name in ("weight_decay", "clip_norm", "dice_weight", "workers"):
-        need(0 <= getattr(training, name) < float("inf"), f"training.{name}", getattr(training, name), "0 or more")
-    for name in ("warmup", "ema_decay"):
-        need(0 <= getattr(training, name) < 1, f"training.{name}", getattr(training, name), "at least 0 and below 1")
-    need(config.seed >= 0, "seed", config.seed, "0 or more")
-
-    need(augmentation.patch_size >= 1, "augmentation.patch_size", augmentation.patch_size, "at least 1 pixel")
-    low, high = augmentation.scale
-    need(
-        0 < low <= high < float("inf"),
-        "augmentation.scale",
-        list(augmentation.scale),
-        "two positive numbers, the smaller one first",
-    )
-    need(0 <= augmentation.rotation <= 180, "augmentation.rotation", augmentation.rotation, "between 0 and 180 degrees")
-    for name in ("elastic", "brightness", "contrast", "gamma", "noise"):
-        value = getattr(augmentation, name)
-        need(0 <= value <= 1, f"augmentation.{name}", value, "between 0 and 1")
-
-    for name in ("val_share", "test_share"):
-        need(0 < getattr(data, name) < 1, f"data.{name}", getattr(data, name), "between 0 and 1")
-    need(data.folds == 0 or data.folds >= 2, "data.folds", data.folds, "0 (one split) or at least 2")
-    need(
-        data.folds == 0 or 0 <= data.fold < data.folds,
-        "data.fold",
-        data.fold,
-        f"from 0 to {data.folds - 1}, as data.folds is {data.folds}",
-    )
-    need(data.split_seed >= 0, "data.split_seed", data.split_seed, "0 or more")
-    need(
-        all(n >= 1 for n in data.sample_images),
-        "data.sample_images",
-        list(data.sample_images),
-        "three numbers of at least 1",
-    )
-    need(data.sample_size >= 32, "data.sample_size", data.sample_size, "at least 32 pixels")
-
-    need(model.num_classes >= 1, "model.num_classes", model.num_classes, "1 (binary) or the number of classes")
-    need(model.in_channels == 3, "model.in_channels", model.in_channels, "3, because images are read as RGB")
-    need(
-        len(model.widths) >= 1 and min(model.widths) >= 1,
-        "model.widths",
-        list(model.widths),
-        "one positive number a level",
-    )
-    need(0 <= model.dropout < 1, "model.dropout", model.dropout, "at least 0 and below 1")
+    """Check `RULES`; raise `UserError` for the first setting that is out of range."""
+    for settings, is_right, rule in RULES:
+        for setting in settings.split():
+            value = config
+            for name in setting.split("."):
+                value = getattr(value, name)
+            need(is_right(value), setting, value, rule)
+    folds, fold = config.data.folds, config.data.fold
+    need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
 
 
 def to_dict(config: Config) -> dict:
     """The configuration as nested dictionaries and lists, as YAML and JSON hold it."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-    return plain(dataclasses.asdict(config))
+    return json.loads(json.dumps(asdict(config)))
 
 
 def from_dict(settings: dict, source: str) -> Config:
     """Build a checked configuration from nested dictionaries; settings left out take their defaults.
 
-    Raises:
-        UserError: for an unknown key, a wrong type or a value out of range; `source` says where it came from.
+    Raises `UserError` for an unknown key, a wrong type or a value out of range; `source` says where it came from.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config)
     try:
-        for key in settings:
+        for key, value in settings.items():
             if key != "seed" and key not in SECTIONS:
                 raise UserError(f"`{key}` is no setting; there are seed, {', '.join(SECTIONS)}.")
-        for section in SECTIONS:
-            if not isinstance(settings.get(section, {}), dict):
-                raise UserError(f"`{section}` must hold settings of the form `name: value`.")
+            if key != "seed" and not isinstance(value, dict):
+                raise UserError(f"`{key}` must hold settings of the form `name: value`.")
         return from_parsed(parser.parse_object(settings).as_dict())
     except (ArgumentError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{source}: {one_line(error)}") from error
@@ -282,18 +241,13 @@ def from_dict(settings: dict, source: str) -> Config:
 
 def from_parsed(values: dict) -> Config:
     """Build and check a configuration from nested dictionaries whose types are already right."""
-    sections = {name: cls(**values[name]) for name, cls in SECTIONS.items()}
-    config = Config(seed=values["seed"], **sections)
+    config = Config(values["seed"], **{name: cls(**values[name]) for name, cls in SECTIONS.items()})
     check_config(config)
     return config
 
 
 def load_config(path: Path | str) -> Config:
-    """Read a YAML file. Nothing in it is executed.
-
-    Raises:
-        UserError: if it is missing, is not YAML, or holds a wrong setting.
-    """
+    """Read a YAML file, executing nothing in it; raise `UserError` if it is missing, no YAML, or a setting is wrong."""
     path = Path(path)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -302,9 +256,7 @@ def load_config(path: Path | str) -> Config:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(settings, dict):
-        raise UserError(
-            f"{path}: must hold settings of the form `name: value`, see `python -m unet_helpers train --help`."
-        )
+        raise UserError(f"{path}: must hold settings of the form `name: value`, as a run's config.yaml does.")
     return from_dict(settings, str(path))
 
 

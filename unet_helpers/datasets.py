@@ -15,48 +15,26 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from unet_helpers import images
 from unet_helpers.augmentation import make_augmentation
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError
-from unet_helpers.images import (
-    Meaning,
-    decode_mask,
-    field_of_view,
-    mask_meaning,
-    normalise,
-    read_image,
-    read_mask_values,
-    statistics_inside,
-)
-from unet_helpers.pairing import groups_by_name, pair_by_name, read_drive, read_folder
+from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_drive, read_folder
 from unet_helpers.sample_data import make_retina
-from unet_helpers.splits import SPLITS, assign_splits
-
-__all__ = ["Sample", "TrainingPatches", "WholeImages", "find_samples", "load_sample", "pair_by_name"]
 
 MEMORY_LIMIT = 2_000_000_000  # bytes of decoded training images kept in memory, and a quarter for whole images
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its mask.
+    """One image with its mask."""
 
-    Attributes:
-        name: short and readable, unique within a split.
-        image: path of the photograph; for the sample data `sample:LABELS:SIZE:SPLIT:NUMBER`, drawn when loaded.
-        mask: path of the mask, or the same.
-        field_of_view: path of a picture that is 0 outside the field of view, or None.
-        group: what must stay on one side of a split.
-        split: `train`, `val` or `test`.
-        meaning: what the values in the mask file mean, see `images.mask_meaning`.
-    """
-
-    name: str
-    image: str
-    mask: str
-    field_of_view: str | None
-    group: str
-    split: str
-    meaning: Meaning = "binary"
+    name: str  # short and readable, unique within a split
+    image: str  # path of the photograph; for the sample data `sample:LABELS:SIZE:SPLIT:NUMBER`, drawn when loaded
+    mask: str  # path of the mask, or the same
+    field_of_view: str | None  # path of a picture that is 0 outside the field of view
+    group: str  # what must stay on one side of a split
+    split: str  # `train`, `val` or `test`
+    meaning: images.Meaning = "binary"  # of the values in the mask file, see `images.mask_meaning`
 
 
 def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
@@ -73,14 +51,12 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
         raise UserError(f"data.name={config.name} has no observer {observer}: only `drive` has a second one")
     if config.name == "sample":
         counts = zip(SPLITS, config.sample_images, strict=True)
-        names = [(split, f"{split}_{index:03d}") for split, count in counts for index in range(count)]
-        keys = [f"sample:{config.labels}:{config.sample_size}:{name.replace('_', ':')}" for _, name in names]
-        meaning = "binary" if config.labels == "vessels" else "classes"
-        splits = assign_splits([name for _, name in names], [split for split, _ in names], config)
-        samples = [
-            Sample(name, key, key, None, name, split, meaning)
-            for (_, name), key, split in zip(names, keys, splits, strict=True)
-        ]
+        brought = [(split, f"{split}_{index:03d}") for split, count in counts for index in range(count)]
+        splits = assign_splits([name for _, name in brought], [split for split, _ in brought], config)
+        meaning, samples = "binary" if config.labels == "vessels" else "classes", []
+        for (_, name), split in zip(brought, splits, strict=True):
+            key = f"sample:{config.labels}:{config.sample_size}:{name.replace('_', ':')}"
+            samples.append(Sample(name, key, key, None, name, split, meaning))
     else:
         root = Path(config.root).expanduser()
         if not root.is_dir():
@@ -110,11 +86,11 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
     return sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.name))
 
 
-def _meaning_of(masks: Sequence[Path]) -> Meaning:
-    """Decide what mask values mean from every mask of the data set; an error names the mask with the strangest ones."""
-    values = {path: set(np.flatnonzero(np.bincount(read_mask_values(path).ravel())).tolist()) for path in masks}
+def _meaning_of(masks: Sequence[Path]) -> images.Meaning:
+    """What mask values mean, from every mask of the data set; an error names the mask with the strangest ones."""
+    values = {path: set(np.flatnonzero(np.bincount(images.read_mask_values(path).ravel())).tolist()) for path in masks}
     try:
-        return mask_meaning(set().union(*values.values()))
+        return images.mask_meaning(set().union(*values.values()))
     except UserError as error:
         strangest = max(values, key=lambda path: len(values[path] - {0, 1, IGNORE}))
         raise UserError(f"{strangest}: {error}") from error
@@ -131,14 +107,14 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         _, labels, size, split, index = sample.image.split(":")
         retina = make_retina((SPLITS.index(split), int(index)), int(size))
         return retina.image, getattr(retina, labels)
-    image, values = read_image(sample.image), read_mask_values(sample.mask)
+    image, values = images.read_image(sample.image), images.read_mask_values(sample.mask)
     _check_size(sample.mask, values, sample.image, image)
     try:
-        mask = decode_mask(values, sample.meaning)
+        mask = images.decode_mask(values, sample.meaning)
     except UserError as error:
         raise UserError(f"{sample.mask}: {error}") from error
     if sample.field_of_view is not None:
-        view = read_mask_values(sample.field_of_view)
+        view = images.read_mask_values(sample.field_of_view)
         _check_size(sample.field_of_view, view, sample.image, image)
         mask[view == 0] = IGNORE
     return image, mask
@@ -167,7 +143,6 @@ class TrainingPatches(Dataset):
         if not samples:
             raise UserError("there is no image to train on: check data.root and the shares of the splits")
         self.names = [sample.name for sample in samples]
-        self.images_per_epoch = len(samples)
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
         self.decoded, used = [], 0
         for sample in samples:
@@ -176,7 +151,7 @@ class TrainingPatches(Dataset):
             self.decoded.append((arrays if used <= MEMORY_LIMIT else _to_files(arrays), statistics))
 
     def __len__(self) -> int:
-        return self.images_per_epoch
+        return len(self.decoded)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, place = divmod(number, len(self))
@@ -219,11 +194,9 @@ def _decode(sample: Sample, num_classes: int) -> tuple[list[np.ndarray], tuple[n
     image, mask = load_sample(sample)
     highest = int(mask[mask != IGNORE].max(initial=0))
     if highest >= max(2, num_classes):
-        raise UserError(
-            f"{sample.mask}: holds class {highest}, so model.num_classes must exceed that, not be {num_classes}"
-        )
-    view = field_of_view(image)
-    return [image, mask, view], statistics_inside(image, view)
+        raise UserError(f"{sample.mask}: holds class {highest}, so model.num_classes must exceed {highest}")
+    view = images.field_of_view(image)
+    return [image, mask, view], images.statistics_inside(image, view)
 
 
 def _to_files(arrays: Sequence[np.ndarray]) -> list[str]:
@@ -237,5 +210,5 @@ def _to_files(arrays: Sequence[np.ndarray]) -> list[str]:
 
 
 def _to_tensors(image: np.ndarray, mask: np.ndarray, view: np.ndarray, statistics) -> tuple[torch.Tensor, torch.Tensor]:
-    normalised = normalise(image, view, statistics).transpose(2, 0, 1)
+    normalised = images.normalise(image, view, statistics).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(normalised)), torch.from_numpy(mask.astype(np.int64))

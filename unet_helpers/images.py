@@ -1,8 +1,8 @@
 """Picture files as arrays: what a file means as a photograph, what it means as a mask, and where its field of view is.
 
-The same file format means different things on the two sides of a sample. A photograph is made of colours; a mask is
-made of numbers, and how a viewer colours them says nothing. So photographs go through `read_image`, masks through
-`read_mask_values`, and `mask_meaning` decides once for a whole data set what 1 and 255 stand for.
+A photograph is made of colours; a mask is made of numbers, and how a viewer colours them says nothing. So photographs
+go through `read_image`, masks through `read_mask_values`, and `mask_meaning` decides once for a whole data set what 1
+and 255 stand for.
 """
 
 from collections.abc import Iterable
@@ -13,9 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from unet_helpers.config import IGNORE, UserError
+from unet_helpers.config import IGNORE, UserError, one_line
 
 Meaning = Literal["binary", "classes"]
+Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of each channel
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
 
 
@@ -28,8 +29,8 @@ def list_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     endings = Image.registered_extensions()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
-    paths = [path for path in paths if not path.name.startswith(".")]
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in files if path.suffix.lower() in endings]
     if not paths:
         raise UserError(f"{folder}: no pictures in this folder: put some there, or name another folder")
     return paths
@@ -37,23 +38,18 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def _open(path: str | Path) -> Image.Image:
     """Open and decode a picture completely, turned upright as its EXIF orientation says."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'this is a folder, not a picture' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty (0 bytes): copy or download it again")
     try:
         with Image.open(path) as picture:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large to open safely ({error}): cut it into smaller pictures") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: {error.strerror}: name an image file") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they like: OSError, SyntaxError, struct.error, ...
-        raise UserError(
-            f"{path}: not a readable picture, or damaged ({' '.join(str(error).split())}): copy or download it again"
-        ) from error
+        raise UserError(f"{path}: not a readable picture, or damaged ({one_line(error)}): get it again") from error
 
 
 def _has_deep_colour(path: str | Path) -> bool:
@@ -112,17 +108,11 @@ def read_mask_values(path: str | Path) -> np.ndarray:
     if values.ndim == 3:
         colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
         if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
-            raise UserError(
-                f"{path}: a mask in colours ({picture.mode}): save it as one channel of class indices (PNG)"
-            )
+            raise UserError(f"{path}: a mask in colours ({picture.mode}): save one channel of class indices, as PNG")
         values = np.ascontiguousarray(colours[..., 0])
     if values.dtype != np.uint8:
-        if not np.isfinite(values).all() or (values != np.round(values)).any() or values.min() < 0:
-            raise UserError(
-                f"{path}: mask values must be whole numbers from 0: save it as one channel of class indices"
-            )
-        if values.max() > np.iinfo(np.uint16).max:
-            raise UserError(f"{path}: mask value {values.max()} is no class index: save class indices from 0 to 254")
+        if not ((values >= 0) & (values < 2**16) & (values == np.round(values))).all():
+            raise UserError(f"{path}: mask values must be whole numbers from 0 to 65535: save class indices, as PNG")
         values = values.astype(np.uint16)
     return values
 
@@ -130,9 +120,9 @@ def read_mask_values(path: str | Path) -> np.ndarray:
 def mask_meaning(values: Iterable[int]) -> Meaning:
     """Decide what the numbers in the masks of one data set mean, from all the values found in all its masks.
 
-    {0, 1} and {0, 255} (or fewer) are `binary`: background and foreground. {0..k} and {0..k, 255} are `classes`, where
-    255 means "ignore"; so {0, 1, 255} is a binary problem with ignored pixels, written as classes. A few missing class
-    indices are tolerated. Anything else, such as {3, 17, 250}, raises `UserError`.
+    {0, 1} and {0, 255} (or fewer) are `binary`; {0..k} and {0..k, 255} are `classes`, where 255 means "ignore"; so
+    {0, 1, 255} is a binary problem with ignored pixels, written as classes. A few missing class indices are tolerated.
+    Anything else, such as {3, 17, 250}, raises `UserError`.
     """
     found = sorted({int(value) for value in values})
     if not found:
@@ -169,8 +159,7 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
 
     A fundus camera or endoscope with a round aperture leaves four black corners. Only then something is cut off: the
     largest region brighter than the black is kept, with its holes filled and its outline smoothed, if it is convex
-    and covers a quarter of the picture. Any other picture is all field of view. Training and prediction both use
-    this, so they see the same picture, with or without a file.
+    and covers a quarter of the picture. Any other picture is all field of view.
     """
     brightness = image.max(axis=2)
     full_scale = 255.0 if image.dtype == np.uint8 else 1.0
@@ -201,7 +190,7 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     return view.astype(bool) if round_enough else everything
 
 
-def statistics_inside(image: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
     """Mean and standard deviation of each channel of (H, W, 3) inside the field of view, float32 (3,) each.
 
     A constant channel gets standard deviation 1, an empty field of view mean 0 and standard deviation 1.
@@ -214,18 +203,11 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, 
     return pixels.mean(axis=0).astype(np.float32), np.where(deviation < floor, 1.0, deviation).astype(np.float32)
 
 
-def normalise(
-    image: np.ndarray, view: np.ndarray, statistics: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
+def normalise(image: np.ndarray, view: np.ndarray, statistics: Statistics | None = None) -> np.ndarray:
     """Scale each channel to mean 0 and standard deviation 1 inside the field of view, and set 0 outside.
 
-    Args:
-        image: uint8 or float32 (H, W, 3).
-        view: bool (H, W), the field of view.
-        statistics: mean and deviation to use (those of the whole image, for a patch of it); else the image's own.
-
-    Returns:
-        float32 (H, W, 3), finite everywhere.
+    Takes an image, uint8 or float32 (H, W, 3), its field of view, bool (H, W), and for a patch the `statistics_inside`
+    of the whole image, else its own are used; returns float32 (H, W, 3), finite everywhere.
     """
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = (image.astype(np.float32) - mean) / deviation

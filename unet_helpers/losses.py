@@ -13,21 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet_helpers.config import IGNORE, UserError
+from unet_helpers.config import IGNORE, UserError, need
 
 
 def check_labels(target, num_classes: int, name: str = "target") -> None:
-    """Raise `UserError` if `target` (tensor or array, any shape) holds other labels than 0..K-1 and 255.
+    """Raise `UserError` unless `target` (tensor or array, any shape) holds 0..K-1 (binary: 0, 1) and 255 only.
 
-    K is num_classes, but 2 for binary (num_classes = 1). The error speaks of `name`.
+    K is `num_classes`; the error speaks of `name`.
     """
     allowed = max(num_classes, 2)
     wrong = (target != IGNORE) & ((target < 0) | (target >= allowed))
     if wrong.any():
-        raise UserError(
-            f"{name} holds the value {target[wrong][0].item()}, expected class indices 0 to {allowed - 1}, or {IGNORE} "
-            f"for pixels to ignore: check num_classes and what the values in the mask files mean"
-        )
+        remedy = "check num_classes and what the values in the mask files mean"
+        expected = f"expected class indices 0 to {allowed - 1}, or {IGNORE} for pixels to ignore"
+        raise UserError(f"{name} holds the value {target[wrong][0].item()}, {expected}: {remedy}")
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         A scalar; 0 with gradient 0 if no pixel is valid.
 
     Raises:
-        UserError: shapes, types or (on the CPU) labels are not as above.
+        UserError: shapes, types or (on the CPU) labels are not as above. It is the same for all losses here.
     """
     z, truth, valid = _prepare(logits, target, num_classes=1)
     return _valid_mean(_binary_terms(z, truth), valid)
@@ -71,15 +70,8 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     depend on which others happen to be in the batch. Any other class has a denominator of at least 1, so nothing needs
     to be smoothed.
 
-    Args:
-        logits: (B, 1, H, W) for binary, (B, K, H, W) for K classes, any float type; computed in float32.
-        target: (B, H, W) int64; class indices, or 255 for pixels to ignore.
-
-    Returns:
-        A scalar from 0 to 1; 0 with gradient 0 if no pixel is valid.
-
-    Raises:
-        UserError: shapes, types or (on the CPU) labels are not as above.
+    Types and errors as in `binary_cross_entropy`: logits (B, 1, H, W) or (B, K, H, W), target (B, H, W), to a scalar
+    from 0 to 1.
     """
     z, truth, valid = _prepare(logits, target, num_classes=None)
     return _dice_loss(*_dice_sums(z, truth, valid))
@@ -103,11 +95,10 @@ class SegmentationLoss(nn.Module):
     def __init__(self, num_classes: int, dice_weight: float = 0.5, cross_entropy_weight: float = 1.0):
         """Raises `UserError` for num_classes outside 1..255 and for weights that are negative or both 0."""
         super().__init__()
-        if not 1 <= num_classes <= IGNORE:
-            raise UserError(f"num_classes is {num_classes}, expected 1 (binary) to {IGNORE}: {IGNORE} means ignore")
+        need(1 <= num_classes <= IGNORE, "num_classes", num_classes, f"1 (binary) to {IGNORE}, which means ignore")
         weights = (dice_weight, cross_entropy_weight)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise UserError(f"dice_weight and cross_entropy_weight are {weights}, expected numbers >= 0, not both 0")
+        good = all(0 <= weight < math.inf for weight in weights) and any(weights)
+        need(good, "(dice_weight, cross_entropy_weight)", weights, "two numbers of at least 0, not both 0")
         self.num_classes, self.dice_weight, self.cross_entropy_weight = num_classes, dice_weight, cross_entropy_weight
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -120,11 +111,7 @@ class SegmentationLoss(nn.Module):
                 `lambda sums: accelerator.reduce(sums, reduction="sum")`. Called once, by every process alike.
 
         Returns:
-            A scalar: its value is the (global) loss, its gradient what DDP has to average. 0 with gradient 0 if no
-            pixel is valid.
-
-        Raises:
-            UserError: shapes, types or (on the CPU) labels are not as above.
+            A scalar: its value is the (global) loss, its gradient what DDP has to average.
         """
         local = self.sums(logits, target)
         if reduce is None:
@@ -168,21 +155,16 @@ def _prepare(logits: Tensor, target: Tensor, num_classes: int | None) -> tuple[T
 
 def _check_shapes(logits: Tensor, target: Tensor, num_classes: int | None) -> None:
     if logits.ndim != 4 or num_classes not in (None, logits.shape[1]):
-        raise UserError(
-            f"logits have shape {tuple(logits.shape)}, expected (batch, {num_classes or 'classes'}, height, width): "
-            f"one channel for binary (num_classes=1), else one per class"
-        )
+        expected = f"(batch, {num_classes or 'classes'}, height, width): one channel for binary, else one per class"
+        raise UserError(f"logits have shape {tuple(logits.shape)}, expected {expected}")
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(target.shape) != expected:
-        hint = (
-            ", without a channel axis: use target.squeeze(1)" if target.shape == (expected[0], 1, *expected[1:]) else ""
-        )
+        channel = target.ndim == 4 and target.shape[1] == 1
+        hint = ", without a channel axis: use target.squeeze(1)" if channel else ""
         raise UserError(f"target has shape {tuple(target.shape)}, expected (batch, height, width) = {expected}{hint}")
     if not logits.is_floating_point() or target.dtype != torch.int64:
-        raise UserError(
-            f"logits are {logits.dtype} and target is {target.dtype}, expected floating point and torch.int64 class "
-            f"indices: use target.long()"
-        )
+        types = f"logits are {logits.dtype} and target is {target.dtype}"
+        raise UserError(f"{types}, expected floating point and torch.int64 class indices: use target.long()")
 
 
 def _binary_terms(z: Tensor, truth: Tensor) -> Tensor:

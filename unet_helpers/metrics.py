@@ -2,8 +2,7 @@
 
 `BinaryHistogram` and `ConfusionMatrix` collect batch by batch; as they only add whole numbers, batches, processes and
 files in any order or size give the same score to the last bit. Probabilities are compared as the 16-bit numbers that
-`predict` writes into its PNG, so a file scores exactly as the network did. The scores themselves are
-plain functions of counts, in `scores`.
+`predict` writes into its PNG, so a file scores exactly as the network did.
 """
 
 import math
@@ -75,14 +74,9 @@ class BinaryHistogram(_Tally):
         super().__init__(2, LEVELS, device=device)
 
     def update(self, probability: Tensor, target: Tensor) -> None:
-        """Count a batch.
+        """Count a batch: probability (B, H, W) float in [0, 1], target (B, H, W) integer 0, 1, or 255 for ignored.
 
-        Args:
-            probability: (B, H, W) float in [0, 1]; any other shape will do if the target has it too.
-            target: (B, H, W) integer; 0, 1, or 255 for pixels not to score.
-
-        Raises:
-            UserError: shapes differ, values are NaN or out of range, or types are not as above.
+        Any other shape will do if both have it. Raises `UserError` for other types or values, NaN among them.
         """
         q = quantise(probability)
         target = _checked(q, target, num_classes=1)
@@ -107,10 +101,9 @@ class BinaryHistogram(_Tally):
         return float(ratio((np.diff(tp, prepend=0) * precision_at).sum(), tp[-1]))
 
     def best_threshold(self) -> float:
-        """The multiple of .0001 between 0 and 1 with the highest pooled Dice.
+        """The multiple of .0001 between 0 and 1 with the highest pooled Dice: the middle of the lowest run of equals.
 
-        Where a run of them is equally good it is the middle one; of several separate runs, the lowest counts. Where the
-        truth holds no foreground any threshold is as good as any other: .5.
+        Where the truth holds no foreground any threshold is as good as any other: .5.
         """
         fp, tp = self.table.cpu().numpy()[:, ::-1].cumsum(1)[:, ::-1]  # at or above each level
         candidates = np.arange(1, 10_000) / 10_000
@@ -141,9 +134,8 @@ class ConfusionMatrix(_Tally):
         k, predicted = len(self.table), torch.as_tensor(predicted)
         target = _checked(predicted, target, k)
         if ((predicted < 0) | (predicted >= k)).any():
-            raise UserError(
-                f"predicted classes lie between {predicted.min()} and {predicted.max()}, expected 0 to {k - 1}"
-            )
+            found = f"{predicted.min()} to {predicted.max()}"
+            raise UserError(f"predicted classes are {found}, expected 0 to {k - 1}")
         self._add(target * k + predicted, target != IGNORE)
 
     def counts(self) -> np.ndarray:
@@ -178,13 +170,8 @@ class ConfusionMatrix(_Tally):
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:
     """Counts of each image, for the bootstrap and the mean per-image score.
 
-    Args:
-        predicted: (B, H, W) bool or integer classes.
-        target: (B, H, W) integer classes, 255 ignored.
-        num_classes: 1 for binary.
-
-    Returns:
-        (B, 4) int64: tp, fp, fn, tn; for several classes (B, K, 4), each class against all others.
+    From predicted (B, H, W) bool or integer classes and target (B, H, W) integer classes, 255 ignored, to tp, fp, fn,
+    tn (B, 4) int64; for several classes (B, K, 4), each class against all others.
     """
     predicted = torch.as_tensor(predicted)
     target = _checked(predicted, target, num_classes)
@@ -201,14 +188,9 @@ def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Skeleton counts of one image for `cldice`; add them up over images to pool.
 
     Pixels with target 255 are background for both before the skeletons are made, so both end where the truth ends.
-
-    Args:
-        predicted: (H, W) bool or 0/1.
-        target: (H, W) 0, 1, or 255.
-
-    Returns:
-        (4,) int64: pixels of the predicted skeleton inside the true vessels, of the predicted skeleton, of the true
-        skeleton inside the predicted vessels, of the true skeleton.
+    From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 to (4,) int64: pixels of the predicted skeleton
+    inside the true vessels, of the predicted skeleton, of the true skeleton inside the predicted vessels, of the true
+    skeleton.
     """
     from skimage.morphology import skeletonize  # half a second, which only clDice should cost
 
@@ -223,10 +205,8 @@ def _checked(predicted: Tensor, target, num_classes: int) -> Tensor:
     """The target as int64 on the device of the prediction, after checking both."""
     target = torch.as_tensor(target)
     if predicted.shape != target.shape:
-        raise UserError(
-            f"the prediction has shape {tuple(predicted.shape)} and the target {tuple(target.shape)}, "
-            f"expected (batch, height, width) for both"
-        )
+        shapes = f"the prediction has shape {tuple(predicted.shape)} and the target {tuple(target.shape)}"
+        raise UserError(f"{shapes}, expected (batch, height, width) for both")
     for name, tensor in (("the prediction", predicted), ("the target", target)):
         if tensor.is_floating_point():
             raise UserError(f"{name} is {tensor.dtype}, expected whole numbers")

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from unet_helpers.activations import make_activation
-from unet_helpers.config import ModelConfig, UserError
+from unet_helpers.config import ModelConfig, UserError, need
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:
     """Return the normalisation layer for `channels` feature maps: `none`, `batch` or `group`.
 
-    Group normalisation has as many groups as divide the channels, at most 8, a power of two, and leave at least two
-    channels in each (a group of one channel at a single pixel would have nothing to normalise by).
+    The number of groups is a power of two that divides the channels, at most 8, and leaves at least two channels in
+    each (a group of one channel at a single pixel would have nothing to normalise by).
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
@@ -67,8 +67,8 @@ class Up(nn.Module):
     """One step up: double height and width, put the skip connection beside the result, then a double convolution.
 
     `transpose` learns the up-sampling (2×2, stride 2: every input pixel becomes four output pixels of its own).
-    `bilinear` interpolates; its 1×1 convolution comes first, which gives the same result as the other way round (both
-    are linear, and the weights of the interpolation add up to 1) for a quarter of the work.
+    `bilinear` interpolates after a 1×1 convolution, which gives the same as the other way round (both are linear, and
+    the weights of the interpolation add up to 1) for a quarter of the work.
     """
 
     def __init__(self, in_channels: int, out_channels: int, upsampling: str = "transpose", **options):
@@ -93,19 +93,11 @@ class UNet(nn.Module):
     """A U-Net with `len(widths)` levels: images (B, in_channels, H, W) to logits (B, num_classes, H', W').
 
     With padding `same`, H' = H and W' = W for any size: the image is extended at the bottom and on the right by
-    repeating its last row and column until `stride` divides it, and the output is cut back. With `valid`, each
-    output pixel has seen real pixels only and the output is smaller, `output_size(H)`: that of the largest fitting
-    centre of the image, so `center_crop(mask, logits.shape[-2:])` is the matching target for any size.
+    repeating its last row and column until `stride` divides it, and the output is cut back. With `valid`, each output
+    pixel has seen real pixels only and H' = `output_size(H)` is smaller: that of the largest fitting centre of the
+    image, so `center_crop(mask, logits.shape[-2:])` is the matching target for any size.
 
-    Args:
-        in_channels: channels of the image.
-        num_classes: 1 for a binary problem (one logit, sigmoid), else the number of classes (softmax).
-        widths: channels at each level, from full resolution to the bottom.
-        padding: `same` or `valid`.
-        norm: `none`, `batch` or `group`, between every convolution and its activation.
-        activation: a name in `activations.ACTIVATIONS`.
-        upsampling: `transpose` or `bilinear`.
-        dropout: share of whole channels set to 0 at the bottom, the end of the contracting path, during training.
+    The settings are those of `config.ModelConfig`; dropout sets whole channels to 0 at the bottom during training.
 
     Attributes:
         stride: how many input pixels one pixel at the bottom stands for, along one side.
@@ -131,7 +123,7 @@ class UNet(nn.Module):
         super().__init__()
         need(in_channels >= 1, "in_channels", in_channels, "at least 1")
         need(num_classes >= 1, "num_classes", num_classes, "1 (binary) or the number of classes")
-        need(len(widths) >= 1 and min(widths) >= 1, "widths", list(widths), "one positive number a level")
+        need(len(widths) >= 1 and min(widths) >= 1, "widths", widths, "one positive number a level")
         need(padding in ("same", "valid"), "padding", padding, "same or valid")
         need(norm in ("none", "batch", "group"), "norm", norm, "none, batch or group")
         need(upsampling in ("transpose", "bilinear"), "upsampling", upsampling, "transpose or bilinear")
@@ -225,17 +217,10 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def need(condition: bool, setting: str, value: object, rule: str) -> None:
-    """Raise `UserError` unless the condition holds."""
-    if not condition:
-        raise UserError(f"{setting} is {value}, but it must be {rule}.")
-
-
 def build_model(config: ModelConfig) -> nn.Module:
     """Return the network `config` describes, with fresh weights: our `UNet`, or one of segmentation_models_pytorch.
 
-    Both take images of any size and have `padding`, `stride`, `border`, `receptive_field_radius`, `output_size` and
-    `valid_input_size`. Raises `UserError` for any setting that cannot be met.
+    Both take images of any size and have `UNet`'s attributes. Raises `UserError` for a setting that cannot be met.
     """
     if config.architecture == "unet":
         own = ("in_channels", "num_classes", "widths", "padding", "norm", "activation", "upsampling", "dropout")

@@ -1,31 +1,35 @@
-"""Which mask belongs to which image, told by the names of folders and files alone.
+"""Which files belong together: an image with its mask, the pictures of one group, the groups on one side of a split.
 
 Every data set names its files in its own way: `img/7.jpg` and `label/7_mask.png`, `train/a.jpg` and
 `train_masks/a_mask.gif`, `01_test.tif` and `01_manual1.gif`. Words that only say "I am an image" or "I am a mask" are
 struck out of the names; what is left must be the same on both sides, and must not fit twice.
+
+A group must not be torn apart: one eye with its augmented copies, one car with its sixteen views, one film sequence.
+A split by picture would put near-copies of the training images into the test set, and the score would measure memory.
+Groups are sorted before they are drawn: neither the order of files nor the machine changes a split, only the seed does.
 """
 
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from unet_helpers.config import DataConfig, UserError
 from unet_helpers.images import list_images
 
+SPLITS = ("train", "val", "test")
+SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing": "test"} | {x: x for x in SPLITS}
 IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
-MASK_WORDS = (
-    r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
-    r"|targets?"
-)
-SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
-SPLIT_OF |= {name: name for name in ("train", "val", "test")}
+MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
+MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
 NOTHING = "$^"  # matches no word
-HOW_TO_GET_DRIVE = (
-    "let `python -m unet_helpers prepare drive` fetch it, or download "
-    "https://www.kaggle.com/datasets/zionfuo/drive2004 and unpack it there"
-)
+HOW_TO_GET_DRIVE = "let `python -m unet_helpers prepare drive` fetch it, or download "
+HOW_TO_GET_DRIVE += "https://www.kaggle.com/datasets/zionfuo/drive2004 and unpack it there"
 
 
 class Pair(NamedTuple):
@@ -38,39 +42,34 @@ class Pair(NamedTuple):
     field_of_view: Path | None = None
 
 
+# ---- image and mask
 def read_folder(root: Path) -> list[Pair]:
     """Find every image below `root` with its mask, sorted by path.
 
     Image and mask folders may lie side by side (`train/image`, `train/mask`), the other way round (`images/train`,
     `masks/train`), carry the word in their names (`train`, `train_masks`), or be one folder with masks named as such.
-
-    Raises:
-        UserError: if there are no pictures, an image has no mask or the reverse, or a name fits twice.
+    Raises `UserError` if there are no pictures, an image has no mask or the reverse, or a name fits twice.
     """
-    places: dict[tuple[str, ...], dict[bool, list[Path]]] = {}
-    for folder, below, names in os.walk(root):
+    places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
+    for folder, below, _ in os.walk(root):
         below[:] = [name for name in below if not name.startswith((".", "__"))]
         is_mask, place = _place(Path(folder).relative_to(root))
-        try:
-            places.setdefault(place, {}).setdefault(is_mask, []).extend(list_images(folder) if names else [])
-        except UserError:  # no pictures here
-            continue
+        with suppress(UserError):  # no pictures here
+            places.setdefault(place, ([], []))[is_mask].extend(list_images(folder))
     pairs = []
-    for place, files in sorted(places.items()):
-        images, masks = sorted(files.get(False, [])), sorted(files.get(True, []))
+    for place, (images, masks) in sorted(places.items()):
+        images, masks = sorted(images), sorted(masks)
         if not masks:  # perhaps side by side in one folder
             masks = [path for path in images if _tokens(path, MASK_WORDS) != _tokens(path, NOTHING)]
             images = [path for path in images if path not in masks]
         matched = pair_by_name(images, masks)
         if unused := set(masks) - set(matched.values()):
             raise UserError(f"{min(unused)}: no image with a matching name: add it, or move the mask elsewhere")
-        splits = [part for part in place if part in SPLIT_OF]
+        split = next((part for part in place if part in SPLIT_OF), "")
         others = tuple(part for part in place if part not in SPLIT_OF)
-        pairs += [Pair(image, mask, splits[0] if splits else "", others) for image, mask in matched.items()]
+        pairs += [Pair(image, mask, split, others) for image, mask in matched.items()]
     if not pairs:
-        raise UserError(
-            f"{root}: no pictures below it: put photographs in {root / 'images'} and their masks in {root / 'masks'}"
-        )
+        raise UserError(f"{root}: no pictures below it: put photographs in {root}/images, their masks in {root}/masks")
     return pairs
 
 
@@ -94,26 +93,28 @@ def _strip(name: str, words: str) -> tuple[str, bool]:
 def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path]:
     """Find the mask of each image: of equal stem, or equal without `_mask`, `_manual1`, `img_`, `_test`, and the like.
 
-    Raises:
-        UserError: naming an image that has no mask, or two files that cannot be told apart.
+    Raises `UserError`, naming an image that has no mask, or two files that cannot be told apart.
     """
     found: dict[Path, Path] = {}
     for image_words, mask_words in ((NOTHING, NOTHING), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
-        left = [path for path in images if path not in found]
-        right = [path for path in masks if path not in found.values()]
-        by_key: list[dict] = [{}, {}]
-        for side, files, words in ((0, left, image_words), (1, right, mask_words)):
-            for path in files:
-                by_key[side].setdefault(_tokens(path, words), []).append(path)
-        for key in by_key[0].keys() & by_key[1].keys():
-            for files in (by_key[0][key], by_key[1][key]):
+        left = _by_tokens([path for path in images if path not in found], image_words)
+        right = _by_tokens([path for path in masks if path not in found.values()], mask_words)
+        for key in left.keys() & right.keys():
+            for files in (left[key], right[key]):
                 if len(files) > 1:
                     raise UserError(f"{files[0]}: its name does not tell it from {files[1].name}: rename or remove one")
-            found[by_key[0][key][0]] = by_key[1][key][0]
+            found[left[key][0]] = right[key][0]
     if missing := [path for path in images if path not in found]:
         more = f" (nor have {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}: this image has no mask{more}: add the mask, or move the image elsewhere")
     return {image: found[image] for image in images}
+
+
+def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path]]:
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    for path in paths:
+        groups.setdefault(_tokens(path, words), []).append(path)
+    return groups
 
 
 def _tokens(path: Path, words: str) -> tuple[str, ...]:
@@ -137,34 +138,28 @@ def read_drive(root: Path, observer: int = 1) -> list[Pair]:
         raise UserError(f"{root}: DRIVE lies there twice, {homes[0]} and {homes[1]}: set data.root to one of them")
     pairs = []
     for folder, split in (("training", "train"), ("test", "test"))[observer - 1 :]:
-        home = homes[0] / folder
-        images, masks, views = (
-            _by_number(home / part) for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")
-        )
-        for other in (masks, views):
+        parts = [homes[0] / folder / part for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")]
+        images, *others = map(_by_number, parts)
+        for part, other in zip(parts[1:], others, strict=True):
             if wrong := sorted(images.keys() ^ other.keys()):
-                lonely = images.get(wrong[0]) or other[wrong[0]]
-                partner = next(iter((other if wrong[0] in images else images).values())).parent
-                raise UserError(f"{lonely}: no file of this number in {partner}: unpack DRIVE again, all of it")
-        pairs += [Pair(images[key], masks[key], split, field_of_view=views[key]) for key in images]
+                lonely, place = (images[wrong[0]], part) if wrong[0] in images else (other[wrong[0]], parts[0])
+                raise UserError(f"{lonely}: no file of this number in {place}: unpack DRIVE again, all of it")
+        pairs += [Pair(images[key], others[0][key], split, field_of_view=others[1][key]) for key in images]
     return pairs
 
 
 def _by_number(folder: Path) -> dict[str, Path]:
     """Files of a DRIVE folder by the number their names begin with."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, so DRIVE is not complete: {HOW_TO_GET_DRIVE}")
     files: dict[str, Path] = {}
     for path in list_images(folder):
         number = re.match(r"\d*", path.name).group()
         if not number or number in files:
-            raise UserError(
-                f"{path}: does not belong in a folder of DRIVE (names begin with a number, once): remove it"
-            )
+            raise UserError(f"{path}: no file of DRIVE, whose names begin with a number, each with another: remove it")
         files[number] = path
     return files
 
 
+# ---- groups
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     """The group of each image: what `data.group_pattern` finds in the stem of its name.
 
@@ -176,14 +171,85 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
         try:
             groups.append(re.match(pattern, pair.image.stem).group(1) or "")
         except (re.error, IndexError, AttributeError) as error:
-            raise UserError(
-                f"{pair.image}: its name does not fit data.group_pattern '{pattern}': change it; it must match "
-                "the start of every name and hold one group in brackets"
-            ) from error
-    copied = {group for pair, group in zip(pairs, groups, strict=True) if group != pair.image.stem}
+            problem = f"data.group_pattern is {pattern}, but it must fit each name and hold one group in brackets"
+            raise UserError(f"{pair.image}: {problem}") from error
     if pattern != DataConfig.group_pattern:
         return groups
+    copied = {group for pair, group in zip(pairs, groups, strict=True) if group != pair.image.stem}
     return [
         group if group in copied else "/".join(filter(None, [pair.split, *pair.folders, group]))
         for pair, group in zip(pairs, groups, strict=True)
     ]
+
+
+# ---- splits
+def _shuffled(groups: Sequence[str], seed: int) -> list[str]:
+    """The distinct groups in an order that depends on the seed alone."""
+    return np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
+
+
+def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
+    """The split of each picture, from the group of each, so that no group is on two sides.
+
+    `shares` says which share of the groups (0 to 1) goes to `val` and `test`, at least one group if it is above 0; the
+    rest goes to `train`. Raises `UserError` if there are fewer groups than splits, or nothing is left to train on.
+    """
+    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        raise UserError(f"data.val_share and data.test_share must be at least 0, together below 1, not {dict(shares)}")
+    order = _shuffled(groups, seed)
+    counts = {name: max(1, round(len(order) * share)) for name, share in shares.items() if share > 0}
+    if len(order) <= sum(counts.values()):
+        remedy = "add pictures, lower the shares, or let data.group_pattern make more groups"
+        raise UserError(f"{len(order)} group(s) are too few for the splits train, {', '.join(counts)}: {remedy}")
+    names = [name for name, count in counts.items() for _ in range(count)]
+    split_of = dict(zip(order, names + ["train"] * (len(order) - len(names)), strict=True))
+    return [split_of[group] for group in groups]
+
+
+def k_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:
+    """Deal the groups out into `folds` folds of almost equal size: the fold (from 0) of each picture.
+
+    A group counts by its number of pictures, and the largest is dealt first, each to the fold that holds fewest.
+    Raises `UserError` if there are fewer groups than folds, or fewer than two folds.
+    """
+    sizes = Counter(groups)
+    if folds < 2 or len(sizes) < folds:
+        raise UserError(f"data.folds is {folds}, but it must be 0 or from 2 to the number of groups, here {len(sizes)}")
+    loads, fold_of = [0] * folds, {}
+    for group in sorted(_shuffled(groups, seed), key=lambda group: -sizes[group]):  # stable: equal sizes stay shuffled
+        fold_of[group] = loads.index(min(loads))
+        loads[fold_of[group]] += sizes[group]
+    return [fold_of[group] for group in groups]
+
+
+def assign_splits(groups: Sequence[str], brought: Sequence[str], config: DataConfig) -> list[str]:
+    """The split of each picture: what its folder names (`brought`); where that is "", drawn with `config.split_seed`.
+
+    With `config.folds`, training and validation pictures are thrown together and one fold of them validates; test
+    pictures never are. Raises `UserError` if there are too few groups, or one would be on two sides.
+    """
+    splits = ["" if split == "train" or (split == "val" and config.folds) else split for split in brought]
+    shares = {
+        "val": 0.0 if "val" in brought or config.folds else config.val_share,
+        "test": 0.0 if "test" in brought else config.test_share,
+    }
+    free = [group for group, split in zip(groups, splits, strict=True) if not split]
+    drawn = iter(split_by_group(free, shares, config.split_seed) if free else [])
+    splits = [split or next(drawn) for split in splits]
+    if config.folds:
+        pool = [group for group, split in zip(groups, splits, strict=True) if split == "train"]
+        folds = k_folds(pool, config.folds, config.split_seed)
+        held_out = {group for group, fold in zip(pool, folds, strict=True) if fold == config.fold}
+        pairs = zip(groups, splits, strict=True)
+        splits = ["val" if split == "train" and group in held_out else split for group, split in pairs]
+    assert_disjoint(groups, splits)
+    return splits
+
+
+def assert_disjoint(groups: Sequence[str], splits: Sequence[str | int]) -> None:
+    """Prove that no group is on two sides; raise `UserError`, naming the first that is."""
+    sides: dict[str, str | int] = {}
+    for group, split in zip(groups, splits, strict=True):
+        if (other := sides.setdefault(group, split)) != split:
+            remedy = "put it on one side, or correct data.group_pattern"
+            raise UserError(f"group '{group}' is on two sides, {other} and {split}: {remedy}")

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from unet_helpers.config import IGNORE
@@ -39,7 +40,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     losses, dice = figure.subplots(1, 2)
     losses.plot(epochs[1:], [row["train_loss"] for row in history[1:]], color=BLUE, label="training")
     losses.plot(epochs, [row["val_loss"] for row in history], color=ORANGE, linestyle="--", label="validation")
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
+    losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend()
     dice.plot(epochs, [row["val_dice"] for row in history], color=ORANGE, linestyle="--", label="validation")
     best = max(history, key=lambda row: row["val_dice"] if row["val_dice"] is not None else -1.0)
@@ -55,6 +56,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     dice.legend(loc="lower right")
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
         figure.suptitle(title)
     return figure

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unet_helpers.config import UserError
-from unet_helpers.images import decode_mask, field_of_view, list_images, mask_meaning, normalise, read_image, read_mask_values
+from unet_helpers.images import (
+    decode_mask,
+    field_of_view,
+    list_images,
+    mask_meaning,
+    normalise,
+    read_image,
+    read_mask_values,
+)
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
 from unet_helpers.plots import animate, colour_classes, error_map
@@ -76,7 +84,7 @@ def forward_whole(model: nn.Module, images: Tensor) -> Tensor:
     if not model.border:
         return model(images).float()
     height, width = images.shape[-2:]
-    # The border comes first, so that every image and tile starts on the same pooling grid; what is left over comes last.
+    # What is left over comes last, so that every image and every tile starts on the same pooling grid.
     below, right = (model.valid_input_size(side) - side - model.border for side in (height, width))
     logits = model(mirror_border(images, model.border, right, model.border, below))
     return logits[..., :height, :width].float()

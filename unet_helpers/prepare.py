@@ -1,30 +1,33 @@
 """Make sure that a data set is there and sound before anybody trains on it, and write down who is in which split.
 
 Every image and mask is opened once: whatever is missing, damaged, of another size or oddly valued comes out here, with
-the file's name, and not in the middle of the night in epoch 17.
+the file's name, and not in the middle of the night in epoch 17. `expand_offline` is the old way of augmenting, to be
+compared with augmentation on the fly, which never shows the same patch twice.
 """
 
 import csv
 import hashlib
+import io
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image
 
-from unet_helpers.config import IGNORE, DataConfig, UserError
+from unet_helpers.config import IGNORE, DataConfig, UserError, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
-from unet_helpers.pairing import HOW_TO_GET_DRIVE
-from unet_helpers.splits import SPLITS
+from unet_helpers.pairing import HOW_TO_GET_DRIVE, SPLITS
+from unet_helpers.system import make_folder, write_error, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
-MEANINGS = {
-    "binary": "0 background, anything else foreground",
-    "classes": "class indices, 255 ignored",
-}
+MEANINGS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
+MAX_ANGLE = 45.0  # degrees
 
 
 def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
@@ -32,7 +35,7 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
 
     Args:
         config: which data set, where it lies and how it is split.
-        output: folder of the CSV files, made if it does not exist; all three are written, or none.
+        output: folder of the CSV files, made if it does not exist; nothing is written before all is checked.
         download: fetch DRIVE from Kaggle if it does not lie below `config.root`.
 
     Returns:
@@ -41,15 +44,15 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     Raises:
         UserError: naming the file and what is wrong with it, or saying what to download where.
     """
-    if config.name == "drive" and download and not any(Path(config.root).expanduser().rglob("1st_manual")):
-        _download_drive(Path(config.root).expanduser())
+    root, output = Path(config.root).expanduser(), Path(output)
+    if config.name == "drive" and download and not any(root.rglob("1st_manual")):
+        _download_drive(root)
     samples = find_samples(config)
     counts = Counter(sample.split for sample in samples)
     if config.name == "drive" and (counts["train"] + counts["val"], counts["test"]) != (20, 20):
         found = f"{counts['train'] + counts['val']} training and {counts['test']} test images"
-        raise UserError(f"{config.root}: {found}, but DRIVE has 20 of each: unpack all of it, or use data.name=folder")
-    pixels, sizes, digests = np.zeros(256, np.int64), Counter(), {}
-    notes = []
+        raise UserError(f"{root}: {found}, but DRIVE has 20 of each: unpack all of it, or use data.name=folder")
+    pixels, sizes, digests, notes = np.zeros(256, np.int64), Counter(), {}, []
     for sample in samples:
         image, mask = load_sample(sample)
         pixels += np.bincount(mask.ravel(), minlength=256)
@@ -57,8 +60,12 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
         twin = digests.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), sample)
         if twin.split != sample.split:
             notes.append(f"note: {sample.image} ({sample.split}) is the same picture as {twin.image} ({twin.split})")
-    paths = _write_lists(samples, output, config.name)
-    return "\n".join([*_describe(config, samples, pixels, sizes), *notes, f"written: {', '.join(map(str, paths))}"])
+    make_folder(output)
+    paths = {split: output / f"{config.name}_{split}.csv" for split in SPLITS}
+    for split, path in paths.items():
+        write_whole(path, _list([sample for sample in samples if sample.split == split]))
+    written = f"written: {', '.join(map(str, paths.values()))}"
+    return "\n".join([*_describe(config, samples, pixels, sizes), *notes, written])
 
 
 def _describe(config: DataConfig, samples: Sequence[Sample], pixels: np.ndarray, sizes: Counter) -> list[str]:
@@ -78,30 +85,12 @@ def _describe(config: DataConfig, samples: Sequence[Sample], pixels: np.ndarray,
     return lines
 
 
-def _write_lists(samples: Sequence[Sample], output: Path, name: str) -> list[Path]:
-    """Write the three lists under temporary names, then rename them."""
-    output = Path(output)
-    paths = [output / f"{name}_{split}.csv" for split in SPLITS]
-    parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in paths]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for split, part in zip(SPLITS, parts, strict=True):
-            with part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(COLUMNS)
-                rows = ([getattr(sample, column) for column in COLUMNS] for sample in samples if sample.split == split)
-                writer.writerows(rows)
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
-    except OSError as error:
-        raise UserError(
-            f"{output}: the lists cannot be written there ({error.strerror}): name another folder"
-        ) from error
-    finally:
-        for part in parts:
-            if output.is_dir():
-                part.unlink(missing_ok=True)
-    return paths
+def _list(samples: Sequence[Sample]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([getattr(sample, column) for column in COLUMNS] for sample in samples)
+    return table.getvalue()
 
 
 def _download_drive(root: Path) -> None:
@@ -117,7 +106,76 @@ def _download_drive(root: Path) -> None:
         shutil.copytree(fetched, part)
         os.replace(part, target)
     except Exception as error:  # no network, no space, no permission, and whatever kagglehub raises
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"DRIVE could not be downloaded to {root} ({reason}): {HOW_TO_GET_DRIVE}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str:
+    """Write a data set four times as large as `{train,test}/{image,mask}`, all PNG; test images once, unchanged.
+
+    The original, a horizontal flip, a vertical flip and a rotation turn DRIVE's 20 training images into 80. Training
+    and validation images both go to `train`: train on it with `data.name=folder` and `data.val_share=0.15`, and 3 of
+    the 20 originals with all their copies validate, 12 of 80. Copies are named `<original>__<change>`, by which the
+    folder data set keeps them in their original's group; drawn at random instead, nearly every validation image would
+    have a copy among the training images. Masks hold class indices and 255.
+
+    Args:
+        config: the data set to start from.
+        output: folder to write, which must not exist yet or be empty; written whole or not at all.
+        seed: of the angles of rotation.
+
+    Returns:
+        One line saying what was written.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output}: is in the way: name a folder that is empty or does not exist yet")
+    samples = find_samples(config)
+    part = output.with_name(f".{output.name}.{os.getpid()}")
+    rng, counts = np.random.default_rng(seed), {"train": 0, "test": 0}
+    try:
+        for split in counts:
+            for kind in ("image", "mask"):
+                (part / split / kind).mkdir(parents=True)
+        for sample in samples:
+            split = "test" if sample.split == "test" else "train"
+            image, mask = load_sample(sample)
+            if image.dtype != np.uint8:
+                image = (image * 255).round().astype(np.uint8)
+            copies = {"": (image, mask)}
+            if split == "train":
+                copies = _copies(image, mask, rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+            for change, pictures in copies.items():
+                for kind, picture in zip(("image", "mask"), pictures, strict=True):
+                    Image.fromarray(picture).save(part / split / kind / f"{_stem(sample)}{change}.png")
+            counts[split] += len(copies)
+        if output.exists():
+            output.rmdir()
+        os.replace(part, output)
+    except OSError as error:
+        raise write_error(output, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return f"{output}: {counts['train']} training images (each original four times), {counts['test']} test images"
+
+
+def _copies(image: np.ndarray, mask: np.ndarray, angle: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The original and its three changed copies, image and mask, by the ending of their names."""
+    height, width = mask.shape
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
+    turned = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
+    turned_mask = cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE)
+    return {
+        "": (image, mask),
+        "__hflip": (image[:, ::-1], mask[:, ::-1]),
+        "__vflip": (image[::-1], mask[::-1]),
+        "__rotated": (turned, turned_mask),
+    }
+
+
+def _stem(sample: Sample) -> str:
+    """A file name whose part before the first `__` is the sample's group."""
+    name, group = (re.sub(r"[/_]+", "_", text) for text in (sample.name, sample.group))
+    return name if group.endswith(name) else f"{group}__{name}"

@@ -9,7 +9,7 @@ import csv
 import datetime
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -69,18 +69,17 @@ def load_run(path: Path | str) -> Run:
             raise ValueError("its threshold is not between 0 and 1")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
-    config.model.encoder_weights = None  # the run's own weights take their place: do not fetch any
-    model = build_model(config.model)
-    load_weights(model, path / "model.safetensors")
-    return Run(path, config, model.eval(), metrics)
+    return Run(path, config, load_network(path, config), metrics)
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load a network's weights from a safetensors file.
+def load_network(run: Path, config: Config) -> nn.Module:
+    """The network that `config` describes with the weights of a run, in evaluation mode, on the CPU.
 
     Raises:
-        UserError: if the file is damaged or its tensors are not those of the network.
+        UserError: if the weights are damaged or those of another network.
     """
+    model = build_model(replace(config.model, encoder_weights=None))  # the run's own weights take their place
+    path = run / "model.safetensors"
     tensors, _ = read_tensors(path)
     try:
         model.load_state_dict(tensors)
@@ -88,6 +87,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UserError(
             f"{path}: these weights do not fit the model that config.yaml describes: {one_line(error)}"
         ) from None
+    return model.eval()
 
 
 @dataclass
@@ -132,21 +132,20 @@ class Progress:
 
 
 def new_run(run: Path, config: Config, resume: bool) -> None:
-    """Make the run folder and write its settings; with `resume`, check that it holds an interrupted run of the same ones.
+    """Make the run folder and write its settings; with `resume`, check that an unfinished run of the same is there.
 
     Raises:
         UserError: if the folder cannot be used.
     """
-    last = run / "state" / "last.safetensors"
     if resume:
-        if not last.is_file():
-            raise UserError(f"{run}: there is nothing to resume, state/last.safetensors is missing.")
-        before = load_config(run / "config.yaml")
-        different = [key for key, value in result_settings(config).items() if result_settings(before)[key] != value]
+        if (run / "metrics.json").is_file():
+            raise UserError(f"{run}: is finished, there is nothing to resume.")
+        before = result_settings(load_config(run / "config.yaml"))
+        different = [key for key, value in result_settings(config).items() if before[key] != value]
         if different:
             raise UserError(f"{run}: cannot be resumed with another {different[0]}; start a new run for that.")
         return
-    taken = [name for name in (*PUBLISHED, "state/last.safetensors") if (run / name).exists()]
+    taken = [name for name in PUBLISHED if (run / name).exists()]
     if taken:
         raise UserError(f"{run}: already holds a run ({taken[0]}); choose another folder, or finish it with --resume.")
     make_folder(run / "state")
@@ -186,12 +185,14 @@ def save_epoch(
 
 
 def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, scaler) -> Progress:
-    """Put everything back as it was after the last finished epoch.
+    """Put everything back as it was after the last finished epoch; without a checkpoint, begin at the beginning.
 
     Raises:
         UserError: if the checkpoint is damaged or belongs to another network.
     """
     path = run / "state" / "last.safetensors"
+    if not path.is_file():
+        return Progress()  # interrupted before the first checkpoint
     tensors, header = read_tensors(path)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Retina photographs with labels, drawn from a seed: data for every notebook and test, with no file and no download.
 
-A retina is made in four steps, each a section below: the *background* (choroid, optic disc, macula, lesions), the
-*tree* of arteries and veins, its *drawing* into coverage maps, and the *camera* (light, blur, colour, noise). Geometry
-is in units of the field of view's radius, and noise per pixel comes last, so a seed gives one eye at any resolution.
+Four steps, each a section below, make a retina: the *background* (choroid, optic disc, macula, lesions), the *tree* of
+arteries and veins, its *drawing* into coverage maps, and the *camera* (light, blur, colour, noise). Geometry is in
+units of the field of view's radius, and noise per pixel comes last, so a seed gives one eye at any resolution.
 """
 
 from collections.abc import Sequence
@@ -29,34 +29,22 @@ SHIFT = 4  # binary digits after the point in coordinates handed to OpenCV
 
 @dataclass(frozen=True)
 class SampleRetina:
-    """A photograph and its labels.
+    """A photograph and its labels."""
 
-    Attributes:
-        image: uint8 (H, W, 3), RGB.
-        vessels: uint8 (H, W): 0 background, 1 vessel, 255 outside the field of view.
-        artery_vein: uint8 (H, W): 0 background, 1 artery, 2 vein (at a crossing: the upper one), 255 outside.
-        field_of_view: bool (H, W).
-    """
-
-    image: np.ndarray
-    vessels: np.ndarray
-    artery_vein: np.ndarray
-    field_of_view: np.ndarray
+    image: np.ndarray  # uint8 (H, W, 3), RGB
+    vessels: np.ndarray  # uint8 (H, W): 0 background, 1 vessel, 255 outside the field of view
+    artery_vein: np.ndarray  # uint8 (H, W): 0 background, 1 artery, 2 vein (at a crossing: the upper one), 255 outside
+    field_of_view: np.ndarray  # bool (H, W)
 
 
 def make_retina(seed: int | Sequence[int], size: int | tuple[int, int] = 256) -> SampleRetina:
     """Draw the retina that belongs to a seed.
 
-    Args:
-        seed: a whole number from 0, or several, such as `(split, index)`.
-        size: height and width in pixels, or one number for both; at least 32.
-
-    Raises:
-        UserError: for a size or a seed that is none of these.
+    The seed is a whole number from 0, or several, such as `(split, index)`; the size is height and width in pixels, or
+    one number for both, at least 32. Raises `UserError` for anything else.
     """
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(side, int | np.integer) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not whole or min(sides) < MIN_SIZE:
+    if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side >= MIN_SIZE for side in sides):
         raise UserError(f"sample size {size!r}: give one whole number or (height, width), each at least {MIN_SIZE}")
     try:
         parts = [int(part) for part in np.atleast_1d(seed)] or [-1]
@@ -137,13 +125,13 @@ def _spots(rng: np.random.Generator, eye: _Eye, count: int) -> np.ndarray:
 
 # ---- tree ----
 class _Shoot(NamedTuple):
-    """A vessel about to grow: its heading changes from `start` to `end` (radians) over the distance `turn`."""
+    """A vessel about to grow."""
 
     kind: int
     origin: np.ndarray
-    start: float
-    end: float
-    turn: float
+    start: float  # its heading in radians, which changes
+    end: float  # to this one
+    turn: float  # over this distance
     width: float
     length: float
 

@@ -4,9 +4,9 @@ Counts are pooled over all pixels of all images first, and the score is computed
 is NaN, and `undefined` says why; it is never 0 or 1 by accident. (Predicting nothing where there is something to be
 found is no such case: its Dice is 0.)
 
-A test set is a handful of images; with others, the score would have been another one. The bootstrap imitates that: it
-draws as many images again, with replacement, pools their counts and computes the score anew, thousands of times. Images
-are drawn and not pixels, because the pixels of one image stand or fall together.
+With other test images the score would have been another one. The bootstrap imitates that: it draws as many images
+again, with replacement, pools their counts and computes the score anew, thousands of times. Images are drawn and not
+pixels, because the pixels of one image stand or fall together.
 """
 
 import math
@@ -18,9 +18,7 @@ from unet_helpers.config import UserError
 
 Score = Callable[[np.ndarray], np.ndarray]  # (..., 4) counts -> (...) scores, such as `dice`
 ONE_IMAGE = "a single image says nothing about the spread between images"
-REASONS = {
-    "dice": "no positive pixels in the ground truth or the prediction",
-    "iou": "no positive pixels in the ground truth or the prediction",
+REASONS = dict.fromkeys(("dice", "iou", "cldice"), "no positive pixels in the ground truth or the prediction") | {
     "accuracy": "no pixels to score",
     "sensitivity": "no positive pixels in the ground truth",
     "specificity": "no negative pixels in the ground truth",
@@ -28,7 +26,6 @@ REASONS = {
     "mcc": "all pixels have the same class in the ground truth or in the prediction",
     "roc_auc": "all pixels have the same class in the ground truth",
     "pr_auc": "no positive pixels in the ground truth",
-    "cldice": "no positive pixels in the ground truth or the prediction",
 }
 
 
@@ -81,7 +78,7 @@ SCORES = {f.__name__: f for f in (dice, iou, accuracy, sensitivity, specificity,
 
 
 def scores(counts) -> dict[str, float]:
-    """All `SCORES` of one set of counts (tp, fp, fn, tn)."""
+    """All `SCORES` of one set of counts."""
     return {name: float(score(counts)) for name, score in SCORES.items()}
 
 
@@ -101,8 +98,7 @@ def cldice(counts) -> np.ndarray:
     """Centre-line Dice, 2·T_prec·T_sens / (T_prec + T_sens), of `metrics.cldice_counts` (..., 4).
 
     T_prec is the share of the predicted skeleton inside the true vessels, T_sens that of the true skeleton inside the
-    predicted ones. 0 where only one of the two skeletons is empty, NaN where both are. Source: Shit et al. 2021,
-    arXiv:2003.07311.
+    predicted ones. 0 where one skeleton is empty, NaN where both are. Source: Shit et al. 2021, arXiv:2003.07311.
     """
     p_in_y, p, y_in_p, y = _split(counts)
     denominator = p_in_y * y + y_in_p * p  # of the same fraction, multiplied by p·y, which may be 0
@@ -125,23 +121,22 @@ def bootstrap_interval(
     """Percentile bootstrap interval, over images, of a score that is computed from pooled counts (Efron 1979).
 
     Args:
-        counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs that differ in their
-            seed: then runs and images are drawn, independently of each other, and the score is the mean over the runs
-            drawn. Several classes: (S, N, K, 4), also for S = 1, with a score that takes (..., K, 4).
+        counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs of different seeds:
+            runs and images are drawn independently, and the score is the mean over the runs drawn. Several classes:
+            (S, N, K, 4), also for S = 1, with a score that takes (..., K, 4).
         score: from pooled counts (..., 4) to scores (...), e.g. `dice`.
         samples: how often to draw.
         seed: the same seed gives the same interval.
         level: share of the draws that lie in the interval, between 0 and 1.
 
     Returns:
-        (low, high). Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out.
+        (low, high), without the draws in which the score is undefined (no positive pixel in any image drawn, say).
         Both are NaN when no draw is left and for one single image (`ONE_IMAGE` is the reason to print).
 
     Raises:
         UserError: a shape or setting is not as above.
     """
-    counts = _with_seeds(counts)
-    _check_settings(samples, level)
+    counts = _checked(counts, samples, level)
     if counts.shape[1] == 1:
         return float("nan"), float("nan")
     draws = [_seed_mean(_pooled(score, counts, images), seeds) for seeds, images in _draws(counts, samples, seed)]
@@ -155,56 +150,39 @@ def paired_difference(
 
     An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel.
 
-    Args:
-        counts_a: (N, 4), or (S, N, 4) for S seeds, or (S, N, K, 4); see `bootstrap_interval`.
-        counts_b: the same images in the same order, seed s beside seed s of A.
-        score: from pooled counts (..., 4) to scores (...), e.g. `dice`; larger is better.
-        samples: how often to draw.
-        seed: the same seed gives the same interval.
-        level: share of the draws that lie in the interval.
+    Arguments and errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s
+    beside seed s of A, and of a score larger must be better.
 
     Returns:
         `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether A is better
         than B, i.e. the whole interval lies above 0. With one image the interval is NaN and `better` is False. Five
         seeds are few, and the bootstrap makes the interval of so few somewhat too narrow: mistrust a close call.
-
-    Raises:
-        UserError: the two shapes differ, or as in `bootstrap_interval`.
     """
-    a, b = _with_seeds(counts_a), _with_seeds(counts_b)
-    _check_settings(samples, level)
+    a, b = _checked(counts_a, samples, level), _checked(counts_b, samples, level)
     if a.shape != b.shape:
-        raise UserError(
-            f"counts have shapes {np.shape(counts_a)} and {np.shape(counts_b)}, expected equal ones: "
-            f"compare the same images with the same number of seeds"
-        )
+        remedy = "compare the same images with the same number of seeds"
+        raise UserError(f"counts have shapes {np.shape(counts_a)} and {np.shape(counts_b)}, expected equal: {remedy}")
     all_images = np.ones((1, a.shape[1]))
     difference = float((_pooled(score, a, all_images) - _pooled(score, b, all_images)).mean())
-    low = high = float("nan")
-    if a.shape[1] > 1:
-        draws = [
-            _seed_mean(_pooled(score, a, images) - _pooled(score, b, images), seeds)
-            for seeds, images in _draws(a, samples, seed)
-        ]
-        low, high = _percentiles(np.concatenate(draws), level)
+    draws = [
+        _seed_mean(_pooled(score, a, images) - _pooled(score, b, images), seeds)
+        for seeds, images in _draws(a, samples, seed)
+    ]
+    low, high = _percentiles(np.concatenate(draws), level) if a.shape[1] > 1 else (float("nan"), float("nan"))
     return {"difference": difference, "low": low, "high": high, "better": low > 0}
 
 
-def _with_seeds(counts) -> np.ndarray:
+def _checked(counts, samples: int, level: float) -> np.ndarray:
+    """The counts with an axis of seeds in front, float64."""
+    if samples < 1 or not 0 < level < 1:
+        raise UserError(f"samples is {samples} and level is {level}, expected at least 1 and a number between 0 and 1")
     counts = np.asarray(counts, dtype=np.float64)  # exact up to 2^53 pixels
     if counts.ndim == 2:
         counts = counts[None]
     if counts.ndim not in (3, 4) or counts.shape[-1] != 4 or 0 in counts.shape:
-        raise UserError(
-            f"counts have shape {counts.shape}, expected (images, 4), (seeds, images, 4) or "
-            f"(seeds, images, classes, 4) with at least one image: tp, fp, fn, tn of each"
-        )
+        expected = "(images, 4), (seeds, images, 4) or (seeds, images, classes, 4): tp, fp, fn, tn of each, none empty"
+        raise UserError(f"counts have shape {counts.shape}, expected {expected}")
     return counts
-
-
-def _check_settings(samples: int, level: float) -> None:
-    if samples < 1 or not 0 < level < 1:
-        raise UserError(f"samples is {samples} and level is {level}, expected at least 1 and a number between 0 and 1")
 
 
 def _draws(counts: np.ndarray, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -229,7 +207,7 @@ def _pooled(score: Score, counts: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def _seed_mean(scores: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    # A seed that was not drawn must not make the mean NaN.
+    """Mean over the seeds drawn, which one that was not drawn must not make NaN."""
     return np.where(seeds > 0, scores * seeds, 0).sum(1) / seeds.sum(1)
 
 

@@ -11,6 +11,7 @@ statistics are each process's own, as everywhere in torch without `SyncBatchNorm
 
 import math
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from unet_helpers.datasets import TrainingPatches, WholeImages
 from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
-from unet_helpers.runs import Progress, load_state, load_weights, new_run, save_epoch
+from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch
 from unet_helpers.system import describe_device, find_device, find_precision, keep_freed_memory, write_json
 
 
@@ -62,6 +63,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     num_classes = config.model.num_classes
     patches = TrainingPatches(samples_of(config, "train"), config)
     validation = WholeImages(samples_of(config, "val"), config)
+    for index in range(len(validation)):
+        validation[index]  # a file that cannot be used is found now, and not after the first epoch
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)
@@ -80,9 +83,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
     total = steps * settings.epochs
     batches = SharedBatches(progress.epoch * steps, total, settings.batch_size, accelerator.process_index, processes)
-    loader = iter(
-        DataLoader(patches, batch_sampler=batches, num_workers=settings.workers, pin_memory=device.type == "cuda")
-    )
+    workers = {"num_workers": settings.workers, "worker_init_fn": ignore_interrupt}
+    loader = iter(DataLoader(patches, batch_sampler=batches, pin_memory=device.type == "cuda", **workers))
 
     def close_epoch(rate: float, train_loss: float | None, speed: float | None, started: float) -> None:
         for buffer in average.buffers():
@@ -132,12 +134,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
 def finish(run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages) -> dict:
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
-    accelerator.wait_for_everyone()
-    network, num_classes, device = build_model(config.model), config.model.num_classes, accelerator.device
-    load_weights(network, run / "model.safetensors")
-    network = network.to(device, memory_format=torch.channels_last).eval()
     metrics = {}
     if accelerator.is_main_process:
+        network, num_classes, device = load_network(run, config), config.model.num_classes, accelerator.device
+        network = network.to(device, memory_format=torch.channels_last)
         threshold = choose_threshold(network, validation, device) if num_classes == 1 else None
         result = score_images(network, validation, num_classes, device, threshold)
         metrics = {
@@ -165,9 +165,8 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     precision = find_precision(config.training.precision, device)
     keep_freed_memory()
     if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # or a second run in a notebook keeps the first's device
+        # Otherwise a second run in the same notebook keeps the first one's device and precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
@@ -251,6 +250,11 @@ class SharedBatches:
 def mix_seed(*numbers: int) -> int:
     """One seed from several numbers, well mixed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which ends its loader workers quietly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_finite(loss: Tensor, epoch: int, step: int) -> None:

@@ -88,3 +88,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 def test_the_defaults_are_valid():
     check_config(Config())
+
+
+def test_shares_may_be_nothing():
+    check_config(Config(data=DataConfig(val_share=0.0, test_share=0.0)))

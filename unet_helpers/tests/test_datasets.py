@@ -18,6 +18,7 @@ from unet_helpers.sample_data import make_retina
 
 RNG = np.random.default_rng(0)
 SAMPLE = Config(
+    seed=4,
     data=DataConfig(sample_images=(3, 2, 2), sample_size=64),
     augmentation=AugmentationConfig(patch_size=32, elastic=0.5),
 )
@@ -101,6 +102,22 @@ def test_bad_data_ends_in_one_line_that_names_the_file(tmp_path, spoil, named):
     spoil(tmp_path)
     with pytest.raises(UserError, match=named):
         [load_sample(sample) for sample in find_samples(config.data)]
+
+
+def test_a_field_of_view_file_sets_255_and_nothing_else(tmp_path):
+    config = folder(tmp_path / "data", masks_of(0, 255))
+    view = np.zeros((20, 30), np.uint8)
+    view[5:15] = 255
+    Image.fromarray(view).save(tmp_path / "view.gif")
+    bare = find_samples(config.data)[0]
+    sample = dataclasses.replace(bare, field_of_view=str(tmp_path / "view.gif"))
+    image, mask = load_sample(sample)
+    np.testing.assert_array_equal(image, load_sample(bare)[0])
+    np.testing.assert_array_equal(mask, np.where(view > 0, load_sample(bare)[1], IGNORE))
+    np.testing.assert_array_equal(WholeImages([sample], config)[0][0], WholeImages([bare], config)[0][0])
+    Image.fromarray(view[:-1]).save(tmp_path / "view.gif")
+    with pytest.raises(UserError, match=r"view\.gif.*30×19"):
+        load_sample(sample)
 
 
 def test_missing_root_and_other_wrong_settings(tmp_path):

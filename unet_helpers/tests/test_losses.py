@@ -272,7 +272,7 @@ def test_functions_refuse_the_other_kind_of_logits():
 
 @pytest.mark.parametrize("settings", [(0,), (256,), (1, -0.5), (1, 0.0, 0.0), (1, math.nan)])
 def test_wrong_settings_are_refused(settings):
-    with pytest.raises(UserError, match="expected"):
+    with pytest.raises(UserError, match="must be"):
         SegmentationLoss(*settings)
 
 

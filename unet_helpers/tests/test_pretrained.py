@@ -83,15 +83,6 @@ def test_a_local_weights_file_fills_the_encoder(tmp_path, encoder, suffix):
     assert torch.equal(inner.conv1.weight, published.conv1.weight)
 
 
-def test_weights_for_three_channels_serve_other_numbers_of_channels(model, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file(model.net.encoder.state_dict(), path)
-    model = build_model(config(encoder_weights=str(path), in_channels=1)).eval()
-    assert model.net.encoder.conv1.weight.shape[1] == 1
-    with torch.no_grad():
-        assert model(torch.randn(1, 1, 33, 32)).shape == (1, 2, 33, 32)
-
-
 def one_line_about(changes: dict, match: str) -> None:
     with pytest.raises(UserError, match=match) as error:
         build_model(config(**changes))

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,10 +84,7 @@ def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_weights(small_con
     )
     kills = 0
     while not (run / "metrics.json").exists():
-        resume = "resume" if (run / LAST).exists() else "new"
-        if resume == "new":
-            for file in run.glob("*.*"):
-                file.unlink()
+        resume = "resume" if (run / "config.yaml").exists() else "new"
         before = (run / LAST).stat().st_mtime_ns if (run / LAST).exists() else 0
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "c.yaml", run, resume])
         # Let it finish an epoch, then kill it somewhere in the next one; the third time let it run to its end.
@@ -232,11 +230,25 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(trained_run, small_config)
 
 
 def test_a_run_is_not_resumed_with_other_settings(trained_run, small_config, tmp_path):
+    with pytest.raises(UserError, match="finished"):
+        train(small_config, trained_run, resume=True, quiet=True)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        train(small_config, tmp_path / "empty", resume=True, quiet=True)
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(trained_run / "config.yaml", tmp_path / "unfinished")
     small_config.training.learning_rate = 1e-4
     with pytest.raises(UserError, match=r"training\.learning_rate"):
-        train(small_config, trained_run, resume=True, quiet=True)
-    with pytest.raises(UserError, match="nothing to resume"):
-        train(small_config, tmp_path / "empty", resume=True, quiet=True)
+        train(small_config, tmp_path / "unfinished", resume=True, quiet=True)
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(trained_run, small_config, tmp_path):
+    for file in ("config.yaml", LAST):
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(trained_run / file, tmp_path / "run" / file)
+    whole = (tmp_path / "run" / LAST).read_bytes()
+    (tmp_path / "run" / LAST).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"last\.safetensors"):
+        train(small_config, tmp_path / "run", resume=True, quiet=True)
 
 
 def test_an_output_that_is_a_file_is_refused(small_config, tmp_path):
@@ -257,7 +269,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_zero():
 def test_processes_share_each_batch_without_overlap():
     shares = [list(SharedBatches(2, 5, 6, process, 3)) for process in range(3)]
     for step in range(3):
-        together = sum((share[step] for share in shares), [])
+        together = [number for share in shares for number in share[step]]
         assert together == list(range((2 + step) * 6, (3 + step) * 6))
 
 

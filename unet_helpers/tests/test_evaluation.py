@@ -1,0 +1,167 @@
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from PIL import Image
+from skimage.morphology import skeletonize
+
+from unet_helpers.config import DataConfig, UserError
+from unet_helpers.datasets import WholeImages, find_samples, load_sample
+from unet_helpers.evaluation import choose_threshold, compare, evaluate, samples_of, score_images
+from unet_helpers.prediction import predict
+from unet_helpers.runs import load_run
+from unet_helpers.training import train
+
+KEYS = (
+    "dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "mcc", "roc_auc", "pr_auc", "cldice",
+    "threshold", "dice_ci95", "per_image_dice", "tta", "n_images", "n_pixels",
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Retinas as files, with a test split of their own; masks hold 0, 1 and, outside the field of view, 255."""
+    root = tmp_path / "set"
+    for number, split in enumerate(["train"] * 4 + ["test"] * 3):
+        data = DataConfig(sample_images=(7, 1, 1), sample_size=64)
+        image, mask = load_sample(find_samples(data)[number])
+        for kind, picture in (("images", image), ("masks", mask)):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(root / split / kind / f"eye{number}.png")
+    return root
+
+
+def test_scores_agree_with_a_second_implementation_on_the_files_that_predict_wrote(trained_run, folder, tmp_path):
+    """scikit-learn on the 16-bit probabilities, pooled over all pixels that are not 255."""
+    data = DataConfig(name="folder", root=str(folder))
+    scores = evaluate(trained_run, data)
+    predict(trained_run, [folder / "test" / "images"], tmp_path / "out", quiet=True)
+    truth, probability, per_image, skeletons = [], [], [], np.zeros(4)
+    for path in sorted((folder / "test" / "masks").iterdir()):
+        mask = np.array(Image.open(path))
+        grey = np.array(Image.open(tmp_path / "out" / f"{path.stem}_probability.png")).astype(np.float64) / 65535
+        valid = mask != 255
+        said = grey >= scores["threshold"]
+        per_image.append(sklearn.metrics.f1_score(mask[valid], said[valid]))
+        bones, true_bones = skeletonize(said & valid), skeletonize(mask == 1)
+        skeletons += [(bones & (mask == 1)).sum(), bones.sum(), (true_bones & said).sum(), true_bones.sum()]
+        truth.append(mask[valid])
+        probability.append(grey[valid])
+    truth, probability = np.concatenate(truth), np.concatenate(probability)
+    said = probability >= scores["threshold"]
+    precision, sensitivity = skeletons[0] / skeletons[1], skeletons[2] / skeletons[3]
+    expected = {
+        "dice": sklearn.metrics.f1_score(truth, said),
+        "iou": sklearn.metrics.jaccard_score(truth, said),
+        "sensitivity": sklearn.metrics.recall_score(truth, said),
+        "specificity": sklearn.metrics.recall_score(truth, said, pos_label=0),
+        "precision": sklearn.metrics.precision_score(truth, said),
+        "accuracy": sklearn.metrics.accuracy_score(truth, said),
+        "mcc": sklearn.metrics.matthews_corrcoef(truth, said),
+        "roc_auc": sklearn.metrics.roc_auc_score(truth, probability),
+        "pr_auc": sklearn.metrics.average_precision_score(truth, probability),
+        "cldice": 2 * precision * sensitivity / (precision + sensitivity),
+    }
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert list(scores["per_image_dice"].values()) == pytest.approx(per_image, abs=1e-9)
+    assert scores["n_pixels"] == len(truth)
+    assert scores["n_images"] == 3
+
+
+def test_noise_for_test_labels_changes_no_choice_of_training(folder, tmp_path, small_config):
+    small_config.data = DataConfig(name="folder", root=str(folder), val_share=0.3)
+    train(small_config, tmp_path / "before", quiet=True)
+    honest = evaluate(tmp_path / "before")["dice"]
+    rng = np.random.default_rng(0)
+    for path in (folder / "test" / "masks").iterdir():
+        Image.fromarray(rng.integers(0, 2, (64, 64), dtype=np.uint8)).save(path)
+    train(small_config, tmp_path / "after", quiet=True)
+    for name in ("config.yaml", "model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("before", "after"))
+    assert first | {"seconds": 0} == second | {"seconds": 0}
+    assert evaluate(tmp_path / "after")["dice"] != honest  # the noise was indeed read when testing
+
+
+def test_the_threshold_comes_from_validation_images_only(trained_run):
+    opened = load_run(trained_run)
+    images = WholeImages(samples_of(opened.config, "val"), opened.config)
+    assert choose_threshold(opened.model, images, torch.device("cpu")) == opened.threshold
+    dice = [
+        score_images(opened.model, images, 1, torch.device("cpu"), threshold).table.scores(threshold)["dice"]
+        for threshold in (opened.threshold, opened.threshold - 0.02, opened.threshold + 0.02)
+    ]
+    assert max(dice) == dice[0]
+
+
+def test_all_keys_are_there_and_saving_counts_the_reading(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    scores = evaluate(tmp_path / "run")
+    assert set(KEYS) <= set(scores)
+    assert "test" not in json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for reads in (1, 2):
+        evaluate(tmp_path / "run", save=True)
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        assert metrics["reads"] == {"test": reads}
+    assert metrics["test"]["dice"] == pytest.approx(scores["dice"])
+    assert load_run(tmp_path / "run").threshold == scores["threshold"]
+    low, high = scores["dice_ci95"]
+    assert low <= scores["dice"] <= high
+
+
+def test_without_anything_to_find_scores_are_undefined_with_a_reason(trained_run, folder):
+    for path in (folder / "test" / "masks").iterdir():
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+    data = DataConfig(name="folder", root=str(folder), mask_values="classes")
+    scores = evaluate(trained_run, data)
+    assert np.isnan(scores["sensitivity"])
+    assert np.isnan(scores["roc_auc"])
+    assert "ground truth" in scores["undefined"]["sensitivity"]
+    assert scores["dice"] == 0  # something was found where there is nothing
+
+
+def test_pixels_marked_255_never_count(trained_run, folder):
+    """All labels outside a small window set to 255: the scores are those of the window."""
+    data = DataConfig(name="folder", root=str(folder), mask_values="classes")
+    for path in (folder / "test" / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        window = np.full_like(mask, 255)
+        window[20:40, 20:50] = mask[20:40, 20:50]
+        Image.fromarray(window).save(path)
+    assert evaluate(trained_run, data)["n_pixels"] == 3 * 20 * 30
+
+
+def test_several_classes(small_config, tmp_path):
+    small_config.data.labels = "artery_vein"
+    small_config.model.num_classes = 3
+    small_config.training = replace(small_config.training, epochs=1)
+    train(small_config, tmp_path / "run", quiet=True)
+    scores = evaluate(tmp_path / "run")
+    assert set(KEYS) <= set(scores)
+    assert scores["dice"] == pytest.approx(np.nanmean(scores["per_class"]["dice"]))
+    assert scores["threshold"] is None
+    assert scores["accuracy"] == scores["correct"] / scores["total"]
+    assert "binary" in scores["undefined"]["cldice"]
+
+
+def test_a_run_compared_with_itself_is_not_better(trained_run):
+    result = compare(trained_run, trained_run)
+    assert result["difference"] == result["low"] == result["high"] == 0
+    assert not result["better"]
+
+
+def test_a_trained_run_is_better_than_an_untrained_one(trained_run, small_config, tmp_path):
+    small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=1, learning_rate=1e-9)
+    train(small_config, tmp_path / "untrained", quiet=True)
+    a, b = evaluate(trained_run)["dice"], evaluate(tmp_path / "untrained")["dice"]
+    assert compare(trained_run, tmp_path / "untrained")["difference"] == pytest.approx(a - b)
+
+
+def test_an_empty_split_is_refused(trained_run, folder):
+    shutil.rmtree(folder / "test")
+    with pytest.raises(UserError, match="test"):
+        evaluate(trained_run, DataConfig(name="folder", root=str(folder), test_share=0.0))
