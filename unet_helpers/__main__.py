@@ -23,6 +23,7 @@ from unet_helpers.config import (
     load_config,
     one_line,
 )
+from unet_helpers.system import without_nan
 
 DATA_SETS = ("sample", "drive", "folder")
 
@@ -118,7 +119,6 @@ def evaluate_command(args: Namespace) -> None:
     """Score a run: all pixels of a split pooled, at native size, with the threshold chosen in training."""
     from unet_helpers.evaluation import compare, evaluate
     from unet_helpers.runs import load_run
-    from unet_helpers.system import without_nan
 
     data = load_run(args.run).config.data
     data = replace(data, name=args.data or data.name, root=args.data_root or data.root)
@@ -126,14 +126,7 @@ def evaluate_command(args: Namespace) -> None:
     scores = evaluate(args.run, save=args.save, **options)
     if args.compare:
         scores["compared"] = compare(args.run, args.compare, **options)
-    if args.json:
-        print(json.dumps(without_nan(scores)))
-        return
-    for name, value in scores.items():
-        if isinstance(value, float):
-            print(f"{name:16} {value:.4f}")
-        elif name in ("dice_ci95", "compared", "undefined", "n_images", "correct", "total"):
-            print(f"{name:16} {value}")
+    report(scores, args.json)
 
 
 def predict_arguments(parser: Parser) -> None:
@@ -170,15 +163,7 @@ def benchmark_command(args: Namespace) -> None:
 
     if min(args.size) < 1 or args.steps < 1:
         raise UserError("--size and --steps must be at least 1.")
-    result = benchmark(settings(args), tuple(args.size), args.steps)
-    if args.json:
-        print(json.dumps(result))
-        return
-    for name, value in result.items():
-        if isinstance(value, dict):
-            print(f"{name:22} {value['median']:.4g}  ({value['low']:.4g} to {value['high']:.4g})")
-        else:
-            print(f"{name:22} {value:.4g}" if isinstance(value, float) else f"{name:22} {value}")
+    report(benchmark(settings(args), tuple(args.size), args.steps), args.json)
 
 
 COMMANDS = {
@@ -188,6 +173,23 @@ COMMANDS = {
     "predict": (predict_command, predict_arguments),
     "benchmark": (benchmark_command, benchmark_arguments),
 }
+
+
+def report(result: dict, as_json: bool) -> None:
+    """Print a dictionary, as one JSON object or a line an entry."""
+    if as_json:
+        print(json.dumps(without_nan(result)))
+        return
+
+    def show(value: object) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{name} {show(item)}" for name, item in value.items())
+        if isinstance(value, list):
+            return " to ".join(map(show, value))
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    for name, value in result.items():
+        print(f"{name:22} {show(value)}")
 
 
 def settings(args: Namespace) -> Config:

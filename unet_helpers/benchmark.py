@@ -16,7 +16,7 @@ from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, count_parameters
 from unet_helpers.prediction import predict_probabilities
 from unet_helpers.system import describe_device
-from unet_helpers.training import SharedBatches, make_accelerator, train_step
+from unet_helpers.training import make_accelerator, shared_batches, train_step
 
 
 def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 12, warmup: int = 3) -> dict:
@@ -29,9 +29,8 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
         warmup: how often it is done before, without measuring: the first steps choose kernels and fill caches.
 
     Returns:
-        For `training_step_seconds`, `data_seconds` (waiting for and moving a batch's data), `images_per_second`,
-        `predict_seconds` (one image) and `predict_flips_seconds` each {"median", "low", "high"}, the latter the
-        quartiles; `data_share` of the time of a step; `peak_memory_gib` of the GPU, on a CPU of the whole process.
+        For the seconds of a training step, of waiting for its data, and of predicting one image without and with flips,
+        and for images per second, {"median", "low", "high"}, the latter the quartiles; `data_share` of a step's time.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training
@@ -42,7 +41,7 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
     model, optimiser = accelerator.prepare(network.train(), optimiser)
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
-    batches = SharedBatches(0, warmup + steps, settings.batch_size, 0, 1)
+    batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
     loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
     waits, totals = [], []
     for _ in range(warmup + steps):
@@ -99,7 +98,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB of GPU memory that was allocated at most; on a CPU, of the whole process's memory, libraries included."""
+    """GiB of GPU memory allocated at most; on a CPU, of the whole process's memory, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -25,23 +25,14 @@ from unet_helpers.system import find_device, write_json
 
 @dataclass
 class Evaluation:
-    """What was counted on a set of images, from which every score follows.
+    """What was counted on a set of images, from which every score follows."""
 
-    Attributes:
-        num_classes: 1 for binary.
-        table: pooled counts over all images.
-        one_vs_rest: for several classes, a histogram of each class's probability.
-        names: of the images.
-        image_counts: per image tp, fp, fn, tn: (4,), for several classes (K, 4).
-        skeletons: per image the counts that clDice needs; binary only.
-    """
-
-    num_classes: int
-    table: BinaryHistogram | ConfusionMatrix
-    one_vs_rest: list[BinaryHistogram] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    image_counts: list[np.ndarray] = field(default_factory=list)
-    skeletons: list[np.ndarray] = field(default_factory=list)
+    num_classes: int  # 1 for binary
+    table: BinaryHistogram | ConfusionMatrix  # pooled over all images
+    one_vs_rest: list[BinaryHistogram] = field(default_factory=list)  # several classes: of each class's probability
+    names: list[str] = field(default_factory=list)  # of the images
+    image_counts: list[np.ndarray] = field(default_factory=list)  # tp, fp, fn, tn: (4,), several classes (K, 4)
+    skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
 
     def counts(self) -> np.ndarray:
         """Counts for `statistics`: (N, 4), for several classes (1, N, K, 4)."""
@@ -66,15 +57,9 @@ def score_images(
     threshold: float | None,
     flips: bool = True,
 ) -> Evaluation:
-    """Predict images one by one at their own size and count.
+    """Predict images, as `WholeImages` gives them, one by one at their own size, and count.
 
-    Args:
-        model: on `device`, in evaluation mode.
-        images: yields (float32 (C, H, W) normalised, int64 (H, W), name).
-        num_classes: 1 for binary.
-        device: where to compute.
-        threshold: probability from which a pixel is foreground; unused for several classes.
-        flips: average over mirror images.
+    The model is on `device`, in evaluation mode; `threshold` is unused for several classes.
     """
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
     result = Evaluation(num_classes, table)
@@ -104,19 +89,19 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     if result.num_classes == 1:
         scores = result.table.scores(threshold)
         scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
-        score, per_image = dice, dice(counts)
+        score = dice
     else:
         scores = result.table.scores()
         for name in ("roc_auc", "pr_auc"):
             scores[name] = float(defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
         scores["cldice"] = float("nan")
         score = mean_dice
-        per_image = mean_dice(counts)
     reasons = undefined(scores)
     if result.num_classes > 1:
         reasons["cldice"] = "defined for binary masks only"
     elif len(counts) == 1:
         reasons["dice_ci95"] = ONE_IMAGE
+    per_image = score(counts)
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     return {
         **{name: scores[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
@@ -218,18 +203,7 @@ def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss,
     model.train(was_training)
     table.reduce(lambda counts: accelerator.reduce(counts, "sum"))
     sums = accelerator.reduce(sums.to(device, torch.float64 if device.type != "mps" else torch.float32), "sum")
-    if num_classes == 1:
-        threshold = table.best_threshold()
-        scores, counts = table.scores(threshold), table.counts(0.5)
-        correct = int(counts[0] + counts[3])
-    else:
-        threshold, scores = None, table.scores()
-        correct = scores["correct"]
-    return {
-        "loss": loss_function.from_sums(sums).item(),
-        "accuracy": correct / scores["total"] if scores["total"] else float("nan"),
-        "correct": correct,
-        "total": scores["total"],
-        "dice": scores["dice"],
-        "threshold": threshold,
-    }
+    threshold = table.best_threshold() if num_classes == 1 else None
+    best, plain = (table.scores(threshold), table.scores(0.5)) if num_classes == 1 else (table.scores(),) * 2
+    scores = {name: plain[name] for name in ("accuracy", "correct", "total")}
+    return scores | {"loss": loss_function.from_sums(sums).item(), "dice": best["dice"], "threshold": threshold}

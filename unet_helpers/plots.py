@@ -10,31 +10,14 @@ from PIL import Image
 from unet_helpers.config import IGNORE
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # Okabe and Ito's colour-blind safe palette
-CLASS_COLOURS = np.array(
-    [
-        (0, 0, 0),
-        (213, 94, 0),
-        (0, 114, 178),
-        (0, 158, 115),
-        (240, 228, 66),
-        (204, 121, 167),
-        (86, 180, 233),
-        (230, 159, 0),
-    ],
-    dtype=np.uint8,
-)
+CLASS_COLOURS = np.array([
+    (0, 0, 0), (213, 94, 0), (0, 114, 178), (0, 158, 115),
+    (240, 228, 66), (204, 121, 167), (86, 180, 233), (230, 159, 0),
+], dtype=np.uint8)  # fmt: skip
 
 
 def plot_history(history: list[dict], title: str = "") -> Figure:
-    """Loss and Dice by epoch, side by side.
-
-    Args:
-        history: rows of `history.csv`, of which the first is the untrained network.
-        title: written above.
-
-    Returns:
-        A figure of its own, not known to pyplot; notebooks show it with `display`.
-    """
+    """Loss and Dice by epoch from the rows of `history.csv`; a figure that pyplot does not know, for `display`."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     losses, dice = figure.subplots(1, 2)
@@ -43,15 +26,11 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend()
     dice.plot(epochs, [row["val_dice"] for row in history], color=ORANGE, linestyle="--", label="validation")
-    best = max(history, key=lambda row: row["val_dice"] if row["val_dice"] is not None else -1.0)
-    if best["val_dice"] is not None:
-        dice.plot(
-            best["epoch"],
-            best["val_dice"],
-            "o",
-            color=GREY,
-            label=f"best: {best['val_dice']:.4f} (epoch {best['epoch']})",
-        )
+    drawn = [row for row in history if row["val_dice"] is not None]
+    if drawn:
+        best = max(drawn, key=lambda row: row["val_dice"])
+        label = f"best: {best['val_dice']:.4f} (epoch {best['epoch']})"
+        dice.plot(best["epoch"], best["val_dice"], "o", color=GREY, label=label)
     dice.set(xlabel="epoch", ylabel="Dice", ylim=(0, 1))
     dice.legend(loc="lower right")
     for axes in (losses, dice):
@@ -72,13 +51,8 @@ def to_png(figure: Figure, dpi: int = 120) -> bytes:
 def error_map(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Where a prediction is right and wrong: true positives white, false positives red, false negatives blue.
 
-    Args:
-        prediction: class indices (H, W); for several classes anything but 0 counts as foreground, and a foreground
-            pixel of the wrong class is a false positive.
-        truth: class indices (H, W), 255 where nothing is scored, which stays black.
-
-    Returns:
-        uint8 (H, W, 3).
+    Both are class indices (H, W); 255 in the truth is not scored and stays black. With several classes anything but 0
+    is foreground, and foreground of the wrong class is a false positive. Returns uint8 (H, W, 3).
     """
     scored = truth != IGNORE
     found, there, right = prediction > 0, (truth > 0) & scored, prediction == truth

@@ -116,24 +116,23 @@ def predict(
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
     A binary mask holds 0 and 255. With several classes it holds class indices, `<stem>_color.png` shows them in
-    colours, and the probability is that of the class chosen.
+    colours, and the probability is that of the class chosen. Images are averaged over flips as in `evaluate`.
 
     Args:
         run: folder of a trained network.
         paths: image files, or folders of them.
         output: where to write; made if it does not exist.
-        flips: average over mirror images, as `evaluate` does.
+        flips: average over mirror images.
         device: as in the configuration.
         truth: a folder of masks, or one mask, that belong to the images by name: also writes `<stem>_errors.png`.
         gif: also write `<stem>.gif`, which shows image, probability and mask in turn.
         quiet: show no progress.
 
     Returns:
-        The masks written.
+        The paths of the masks.
 
     Raises:
-        UserError: before anything is written, if an input cannot be read, two outputs would have one name, or the
-            output folder cannot be used.
+        UserError: before anything is written, if an input or the output folder cannot be used.
     """
     images = find_inputs(paths)
     truths = find_truths(images, truth) if truth else {}
@@ -209,9 +208,7 @@ def find_truths(images: list[Path], truth: Path | str) -> dict[Path, np.ndarray]
     elif len(images) == 1:
         masks = {images[0]: truth}
     else:
-        raise UserError(
-            f"{truth}: one mask cannot be the ground truth of {len(images)} images; name a folder of masks."
-        )
+        raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
     values = {path: read_mask_values(mask) for path, mask in masks.items()}
     meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
     return {path: decode_mask(value, meaning) for path, value in values.items()}

@@ -50,11 +50,7 @@ class Run:
 
 
 def load_run(path: Path | str) -> Run:
-    """Open a run folder.
-
-    Raises:
-        UserError: if the folder or one of its files is missing or damaged, or the weights do not fit the settings.
-    """
+    """Open a run folder; `UserError` if it, or a file in it, is missing, damaged or does not fit the settings."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run folder; `python -m unet_helpers train` makes one.")
@@ -73,11 +69,7 @@ def load_run(path: Path | str) -> Run:
 
 
 def load_network(run: Path, config: Config) -> nn.Module:
-    """The network that `config` describes with the weights of a run, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: if the weights are damaged or those of another network.
-    """
+    """The network that `config` describes with the weights of a run, in evaluation mode, on the CPU."""
     model = build_model(replace(config.model, encoder_weights=None))  # the run's own weights take their place
     path = run / "model.safetensors"
     tensors, _ = read_tensors(path)
@@ -185,11 +177,7 @@ def save_epoch(
 
 
 def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, scaler) -> Progress:
-    """Put everything back as it was after the last finished epoch; without a checkpoint, begin at the beginning.
-
-    Raises:
-        UserError: if the checkpoint is damaged or belongs to another network.
-    """
+    """Put everything back as it was after the last finished epoch; without a checkpoint, begin at the beginning."""
     path = run / "state" / "last.safetensors"
     if not path.is_file():
         return Progress()  # interrupted before the first checkpoint
@@ -210,9 +198,7 @@ def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, sca
             scaler.load_state_dict(json.loads(header["scaler"]))
         progress = Progress(**json.loads(header["progress"]))
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: does not belong to this run's settings ({type(error).__name__}); start a new run."
-        ) from error
+        raise UserError(f"{path}: does not fit this run's settings ({one_line(error)}); start a new run.") from error
     write_history(run, progress.history)
     return progress
 

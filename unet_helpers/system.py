@@ -3,7 +3,6 @@
 Every file is written whole or not at all, and reading one executes nothing from it: weights are safetensors.
 """
 
-import ctypes
 import errno
 import json
 import os
@@ -68,24 +67,8 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory instead of returning it to the system after every training step.
-
-    Large tensors come and go with each step; mapping them anew costs a tenth of the time on a CPU. Does nothing on
-    systems without glibc.
-    """
-    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: never use mmap for a single buffer
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata.
-
-    Raises:
-        UserError: if it is missing, cut short or no safetensors file.
-    """
+    """All tensors of a safetensors file and its metadata; `UserError` if it is missing, cut short or something else."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -133,28 +116,20 @@ def write_whole(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_error(path: Path, error: OSError) -> RunError | UserError:
     """The error to raise when `path` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-        return RunError(
-            f"{path}: could not be written ({error.strerror}); make room, what was there before is unharmed."
-        )
+        return RunError(f"{path}: could not be written ({error.strerror}); make room. What was there is unharmed.")
     return UserError(f"{path}: cannot be written ({error.strerror}); choose another place.")
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and check that files can be written into it.
-
-    Raises:
-        UserError: if the path is a file or cannot be written.
-    """
+    """Make a folder and check that files can be written into it; `UserError` if they cannot, or if it is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{os.getpid()}.probe"

@@ -13,7 +13,7 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from unet_helpers.evaluation import choose_threshold, samples_of, score_images, 
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
 from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch
-from unet_helpers.system import describe_device, find_device, find_precision, keep_freed_memory, write_json
+from unet_helpers.system import describe_device, find_device, find_precision, write_json
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
@@ -57,9 +57,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     main, device = accelerator.is_main_process, accelerator.device
     processes = accelerator.num_processes
     if settings.batch_size % processes:
-        raise UserError(
-            f"training.batch_size is {settings.batch_size}, which {processes} processes cannot share evenly."
-        )
+        raise UserError(f"training.batch_size is {settings.batch_size}: {processes} processes cannot share it evenly.")
     num_classes = config.model.num_classes
     patches = TrainingPatches(samples_of(config, "train"), config)
     validation = WholeImages(samples_of(config, "val"), config)
@@ -82,9 +80,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
     total = steps * settings.epochs
-    batches = SharedBatches(progress.epoch * steps, total, settings.batch_size, accelerator.process_index, processes)
-    workers = {"num_workers": settings.workers, "worker_init_fn": ignore_interrupt}
-    loader = iter(DataLoader(patches, batch_sampler=batches, pin_memory=device.type == "cuda", **workers))
+    first = progress.epoch * steps
+    batches = shared_batches(first, total, settings.batch_size, accelerator.process_index, processes)
+    options = {"num_workers": settings.workers, "worker_init_fn": ignore_interrupt, "pin_memory": device.type == "cuda"}
+    loader = iter(DataLoader(patches, batch_sampler=batches, **options))
 
     def close_epoch(rate: float, train_loss: float | None, speed: float | None, started: float) -> None:
         for buffer in average.buffers():
@@ -124,7 +123,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         accelerator.end_training()
         return metrics
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
         raise RunError(
             f"The memory of {device} is full; lower training.batch_size (now {settings.batch_size}) or "
@@ -163,7 +162,6 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     """Hugging Face's wrapper for devices, processes and mixed precision, set as the configuration asks."""
     device = find_device(config.training.device)
     precision = find_precision(config.training.precision, device)
-    keep_freed_memory()
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -185,38 +183,24 @@ def train_step(
     rate: float,
     clip_norm: float,
 ) -> Tensor:
-    """One step of the optimiser on this process's share of a batch.
+    """One step, at learning rate `rate`, on this process's share of a batch; returns the loss of the whole batch.
 
-    Args:
-        model: in training mode.
-        optimiser: its learning rate is set to `rate` first.
-        loss_function: see `SegmentationLoss`.
-        accelerator: moves tensors, scales and synchronises gradients.
-        images: float32 (B, C, H, W).
-        masks: int64 (B, H, W), 255 where nothing is learned; cropped to the output where convolutions are valid.
-        rate: learning rate of this step.
-        clip_norm: largest norm of the gradient; 0 does not clip.
-
-    Returns:
-        The loss of the whole batch before the step, detached.
+    `images` are float32 (B, C, H, W); `masks` int64 (B, H, W), 255 where nothing is learned, and cropped to the output
+    where convolutions are valid. A gradient whose norm exceeds `clip_norm` is shortened to it, unless that is 0.
     """
     for group in optimiser.param_groups:
         group["lr"] = rate
     images = images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
     masks = masks.to(accelerator.device, non_blocking=True)
     logits = model(images)
-    loss = loss_function(logits, center_crop(masks, logits.shape[-2:]), reduce_over(accelerator))
+    reduce = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
+    loss = loss_function(logits, center_crop(masks, logits.shape[-2:]), reduce)
     accelerator.backward(loss)
     if clip_norm:
         accelerator.clip_grad_norm_(model.parameters(), clip_norm)
     optimiser.step()
     optimiser.zero_grad()
     return loss.detach()
-
-
-def reduce_over(accelerator: Accelerator):
-    """A function that adds a tensor up over all processes, or None if there is one."""
-    return (lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -227,24 +211,14 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / max(total - rise, 1)))
 
 
-class SharedBatches:
+def shared_batches(start: int, stop: int, batch_size: int, process: int, processes: int) -> list[range]:
     """Numbers of the patches that one of several processes takes of each batch, from step `start` to step `stop`.
 
     Step s of a run is made of patches s·B to s·B + B - 1, however many processes share them.
     """
-
-    def __init__(self, start: int, stop: int, batch_size: int, process: int, processes: int) -> None:
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-        self.share = batch_size // processes
-        self.offset = process * self.share
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.stop):
-            first = step * self.batch_size + self.offset
-            yield list(range(first, first + self.share))
+    share = batch_size // processes
+    firsts = (step * batch_size + process * share for step in range(start, stop))
+    return [range(first, first + share) for first in firsts]
 
 
 def mix_seed(*numbers: int) -> int:
@@ -264,10 +238,3 @@ def check_finite(loss: Tensor, epoch: int, step: int) -> None:
             f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}: try a lower training.learning_rate, "
             "training.precision=fp32, or training.clip_norm=1."
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory is full, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        text in str(error) for text in ("out of memory", "not enough memory")
-    )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from unet_helpers import training
 from unet_helpers.config import AugmentationConfig, RunError, UserError, dump_config
 from unet_helpers.runs import PUBLISHED, load_run, read_history
-from unet_helpers.training import SharedBatches, learning_rate, train
+from unet_helpers.training import learning_rate, shared_batches, train
 
 WEIGHTS = "model.safetensors"
 LAST = "state/last.safetensors"
@@ -267,7 +267,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_zero():
 
 
 def test_processes_share_each_batch_without_overlap():
-    shares = [list(SharedBatches(2, 5, 6, process, 3)) for process in range(3)]
+    shares = [shared_batches(2, 5, 6, process, 3) for process in range(3)]
     for step in range(3):
         together = [number for share in shares for number in share[step]]
         assert together == list(range((2 + step) * 6, (3 + step) * 6))
