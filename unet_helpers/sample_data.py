@@ -5,6 +5,7 @@ arteries and veins, its *drawing* into coverage maps, and the *camera* (light, b
 units of the field of view's radius, and noise per pixel comes last, so a seed gives one eye at any resolution.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,7 +48,7 @@ def make_retina(seed: int | Sequence[int], size: int | tuple[int, int] = 256) ->
     if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side >= MIN_SIZE for side in sides):
         raise UserError(f"sample size {size!r}: give one whole number or (height, width), each at least {MIN_SIZE}")
     try:
-        parts = [int(part) for part in np.atleast_1d(seed)] or [-1]
+        parts = [operator.index(part) for part in np.atleast_1d(seed)] or [-1]
         rng = np.random.default_rng([*parts, len(parts)])  # NumPy takes 3, (3, 0) and (3, 0, 0) for one seed
     except (TypeError, ValueError):
         raise UserError(f"sample seed {seed!r}: give a whole number from 0, or a sequence of such numbers") from None

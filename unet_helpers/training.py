@@ -223,7 +223,7 @@ def shared_batches(start: int, stop: int, batch_size: int, process: int, process
 
 def mix_seed(*numbers: int) -> int:
     """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def ignore_interrupt(worker: int) -> None:

@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MARKDOWN_FILES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
-TAGS = {"nbval-ignore-output"}
+TAGS = {"nbval-ignore-output", "same-as-package"}  # the latter: a test compares the cell with the package
 MEGABYTE = 1_000_000
 STRICT_SHARE = 2 / 3
 FORBIDDEN = {

@@ -1,0 +1,42 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from unet_helpers.config import load_config
+from unet_helpers.model import build_model, count_parameters
+from unet_helpers.runs import PUBLISHED, load_run, read_history
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "checkpoints" / "drive-cpu-20min"
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_holds_the_numbers_of_the_reference_run():
+    scores = json.loads((RUN / "metrics.json").read_text())["test"]
+    row = next(line for line in TEXT.splitlines() if line.startswith("| **this run**"))
+    names = ("dice", "roc_auc", "accuracy", "sensitivity", "specificity", "mcc", "cldice")
+    assert [cell.strip() for cell in row.strip("|").split("|")[1:]] == [f"{scores[name]:.4f}" for name in names]
+    assert f"**{scores['dice']:.4f}**" in TEXT
+    assert "{:.4f} to {:.4f}".format(*scores["dice_ci95"]) in TEXT
+
+
+def test_the_reference_run_is_whole_and_its_parts_agree():
+    assert all((RUN / name).is_file() for name in PUBLISHED)
+    opened = load_run(RUN)
+    history = read_history(RUN / "history.csv")
+    assert count_parameters(opened.model) == opened.metrics["parameters"] <= 600_000
+    assert opened.metrics["best_epoch"] == max(history, key=lambda row: row["val_dice"])["epoch"]
+    assert opened.metrics["steps"] == history[-1]["step"]
+    assert opened.config.data.root == "data"
+    assert count_parameters(build_model(load_config(RUN / "config.yaml").model)) == opened.metrics["parameters"]
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python -m unet_helpers (.*?)(?: +#.*)?$", TEXT, re.MULTILINE))
+def test_the_commands_shown_are_understood(command, monkeypatch):
+    from unet_helpers.__main__ import parse
+
+    monkeypatch.chdir(ROOT)
+    if "--resume" not in command:  # its run does not exist here
+        assert parse(command.split()).command == command.split()[0]
