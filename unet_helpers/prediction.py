@@ -35,12 +35,12 @@ TILE = 1536  # images with a longer side are predicted tile by tile, which bound
 
 @torch.inference_mode()
 def predict_probabilities(model: nn.Module, image: Tensor, flips: bool = True, tile: int = TILE) -> Tensor:
-    """Probabilities at the image's own size, whatever that size is.
+    """Probabilities at the image's own size, whatever that size is; outside the field of view background is certain.
 
     Args:
         model: a network in evaluation mode.
         image: float32 (C, H, W), normalised as in training, on the model's device.
-        flips: average the predictions of the image and its three mirror images (test-time augmentation).
+        flips: average over the image and its three mirror images (test-time augmentation).
         tile: longest side in pixels that goes through the network at once.
 
     Returns:
@@ -51,7 +51,12 @@ def predict_probabilities(model: nn.Module, image: Tensor, flips: bool = True, t
     for dims in axes:
         logits = predict_logits(model, image.flip(dims)[None], tile)
         total = total + probabilities(logits)[0].flip(dims)
-    return total / len(axes)
+    probability = total / len(axes)
+    outside = (image == 0).all(0)  # as `images.normalise` leaves it; nothing there was ever trained on
+    probability[..., outside] = 0
+    if probability.ndim == 3:
+        probability[0, outside] = 1
+    return probability
 
 
 def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor:
@@ -181,10 +186,9 @@ def render(probability: Tensor, run: Run) -> dict:
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
     """Image, probability and mask as pictures uint8 (H, W, 3)."""
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
-    strength = probability if probability.ndim == 2 else probability.max(0).values
-    grey = (strength.numpy() * 255).round().astype(np.uint8)
-    mask = colour_classes(classes) if probability.ndim == 3 else np.repeat(classes[..., None] * 255, 3, axis=2)
-    return [photo, np.repeat(grey[..., None], 3, axis=2), mask]
+    strength = (probability if probability.ndim == 2 else probability.amax(0)).numpy()
+    mask = colour_classes(classes) if probability.ndim == 3 else np.stack([classes * 255] * 3, -1)
+    return [photo, np.stack([(strength * 255).round().astype(np.uint8)] * 3, -1), mask]
 
 
 def find_inputs(paths: list[Path | str]) -> list[Path]:
@@ -203,12 +207,9 @@ def find_inputs(paths: list[Path | str]) -> list[Path]:
 def find_truths(images: list[Path], truth: Path | str) -> dict[Path, np.ndarray]:
     """Masks (H, W) for the images, found by name as in a folder data set."""
     truth = Path(truth)
-    if truth.is_dir():
-        masks = pair_by_name(images, list_images(truth))
-    elif len(images) == 1:
-        masks = {images[0]: truth}
-    else:
+    if not truth.is_dir() and len(images) > 1:
         raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
+    masks = pair_by_name(images, list_images(truth)) if truth.is_dir() else {images[0]: truth}
     values = {path: read_mask_values(mask) for path, mask in masks.items()}
     meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
     return {path: decode_mask(value, meaning) for path, value in values.items()}

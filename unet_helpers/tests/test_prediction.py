@@ -76,6 +76,25 @@ def test_probabilities_of_several_classes_add_up_to_one():
     torch.testing.assert_close(probability.sum(0), torch.ones(17, 23))
 
 
+def test_outside_the_field_of_view_everything_is_background():
+    image = torch.randn(3, 20, 30)
+    image[:, :5] = 0
+    probability = predict_probabilities(network(norm="none"), image)
+    assert (probability[:5] == 0).all()
+    assert (probability[5:] > 0).all()
+    torch.manual_seed(0)
+    several = predict_probabilities(UNet(3, 4, widths=(4, 8)).eval(), image)
+    assert (several[0, :5] == 1).all()
+    torch.testing.assert_close(several.sum(0), torch.ones(20, 30))
+
+
+def test_a_mask_written_is_black_in_the_corners(trained_run, photographs, tmp_path):
+    predict(trained_run, [photographs], tmp_path / "out", quiet=True)
+    for name in ("eye1_mask.png", "eye1_probability.png"):
+        picture = np.array(Image.open(tmp_path / "out" / name))
+        assert picture[0, 0] == picture[0, -1] == picture[-1, 0] == picture[-1, -1] == 0
+
+
 @pytest.fixture
 def photographs(tmp_path):
     folder = tmp_path / "photographs"
