@@ -25,7 +25,7 @@ FORBIDDEN = {
     r"^%%?time": "timings differ from run to run",
 }
 # /content and /home/ec2-user are where Colab and SageMaker keep files.
-MACHINE_PATH = r"(?<![\w./])/(root|work|opt|mnt|Users|home(?!/ec2-user))\b|\.\./shared|\b[A-Z]:\\"
+MACHINE_PATH = r"(?<![\w./])/(root|work|opt|mnt|Users|home(?!/(?:ec2|sagemaker)-user))\b|\.\./shared|\b[A-Z]:\\"
 TEMPORARY_PATH = r"(?<![\w./])/(tmp|var)/"
 
 
