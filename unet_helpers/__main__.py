@@ -80,7 +80,7 @@ def train_arguments(parser: Parser) -> None:
 
 
 def train_command(args: Namespace) -> None:
-    """Train a network. Without arguments: a small one, on built-in sample data, in two to three minutes on a CPU.
+    """Train a network. Without arguments: a small one, on built-in sample data, in about two minutes on two CPU cores.
 
     On several GPUs or machines: `torchrun --nproc-per-node 4 -m unet_helpers train ...`.
     """

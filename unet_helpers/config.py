@@ -137,7 +137,7 @@ class TrainingConfig:
     """
 
     epochs: int = 10
-    steps_per_epoch: int | None = 100
+    steps_per_epoch: int | None = 80
     batch_size: int = 8
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
