@@ -91,7 +91,8 @@ def read_mask_values(path: str | Path) -> np.ndarray:
     Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
     Dice .226 instead of .789). Only a GIF in pure black and white gives 0 and 255, because programs number the colours
     of a GIF as they please: in an all-white one, white is 0. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives
-    one channel. A JPEG, whose compression invents values, and a picture in true colours raise `UserError`.
+    one channel. `UserError` for a GIF whose several greys were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a
+    JPEG, whose compression invents values, and a picture in true colours.
     """
     picture = _open(path)
     with Image.open(path) as file:
@@ -103,8 +104,12 @@ def read_mask_values(path: str | Path) -> np.ndarray:
     values = np.array(picture)
     if form == "GIF" and picture.mode == "P":
         colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
-        if (colours == colours[..., :1]).all() and np.isin(colours, (0, 255)).all():
-            return np.ascontiguousarray(colours[..., 0])
+        grey = np.ascontiguousarray(colours[..., 0])
+        if (colours == grey[..., None]).all():
+            if np.isin(grey, (0, 255)).all():
+                return grey
+            if (grey != values).any() and (values.max() > 1 or np.ptp(grey) < 128):
+                raise UserError(f"{path}: indices or greys of this GIF may be the classes: save the mask as PNG")
     if values.ndim == 3:
         colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
         if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():

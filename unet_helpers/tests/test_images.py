@@ -111,6 +111,27 @@ def test_one_bit_grey_and_equal_channels_give_the_stored_numbers(tmp_path):
     np.testing.assert_array_equal(deep, MASK.astype(np.uint16) * 300)
 
 
+@pytest.mark.parametrize("values", [[0, 1, 255], [0, 2], [1], [0, 128, 255]])
+def test_gif_whose_greys_were_numbered_anew_is_refused(tmp_path, values):
+    mask = np.resize(np.array(values, np.uint8), (4, 6))
+    Image.fromarray(mask).save(tmp_path / "grey.gif")
+    stored = np.array(Image.open(tmp_path / "grey.gif"))
+    assert stored.max() < len(values), "Pillow no longer numbers the greys anew"
+    with pytest.raises(UserError, match=r"grey\.gif.*PNG"):
+        read_mask_values(tmp_path / "grey.gif")
+
+
+def test_gif_of_greys_that_are_their_own_numbers_and_one_nearly_black_and_white_are_read(tmp_path):
+    picture = Image.fromarray(np.resize(np.array([0, 1, 2], np.uint8), (4, 6)))
+    picture.putpalette([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    picture.save(tmp_path / "ramp.gif")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "ramp.gif"), np.resize([0, 1, 2], (4, 6)))
+    picture = Image.fromarray(MASK)
+    picture.putpalette([2, 2, 2, 253, 253, 253])
+    picture.save(tmp_path / "nearly.gif")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "nearly.gif"), MASK)
+
+
 def test_black_and_white_gif_is_read_by_colour_because_its_indices_mean_nothing(tmp_path):
     for number, mask in enumerate((MASK, MASK * 0 + 1, MASK * 0)):
         path = save(tmp_path / f"{number}.gif", mask * 255)
