@@ -13,17 +13,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from unet_helpers.config import (
-    Config,
-    DataConfig,
-    RunError,
-    UserError,
-    check_config,
-    from_parsed,
-    load_config,
-    one_line,
-)
-from unet_helpers.system import without_nan
+from unet_helpers.config import Config, DataConfig, RunError, UserError, from_parsed, load_config, one_line
+from unet_helpers.system import memory_is_full, without_nan
 
 DATA_SETS = ("sample", "drive", "folder")
 
@@ -58,7 +49,6 @@ def prepare_command(args: Namespace) -> None:
     from unet_helpers.prepare import expand_offline, prepare
 
     data = DataConfig(name=args.name, root=args.data_root, **args.data.as_dict())
-    check_config(Config(data=data))
     print(prepare(data, Path(args.output), download=not args.no_download))
     if args.offline:
         print(expand_offline(data, Path(args.offline)))
@@ -206,16 +196,16 @@ def parse(arguments: list[str]) -> Namespace:
         command = Parser(description=function.__doc__)
         add_arguments(command)
         commands.add_subcommand(name, command, help=function.__doc__.split("\n")[0])
-    for index, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
+    files, others, words = [], [], iter(arguments[1:])
+    for word in words:
+        name, _, value = word.partition("=")
         if name in ("--config", "--resume"):
-            path = Path(value or " ".join(arguments[index + 1 : index + 2]))
-            path = path / "config.yaml" if name == "--resume" else path
-            load_config(path)  # names the file if something is wrong with it
-            if name == "--resume":
-                arguments = [arguments[0], "--config", str(path), *arguments[1:]]
-                break
-    return parser.parse_args(arguments)
+            value = value or next(words, "")
+            files.append(Path(value) / "config.yaml" if name == "--resume" else Path(value))
+            load_config(files[-1])  # names the file if something is wrong with it
+            word = f"{name}={value}"
+        others += [word] if name != "--config" else []
+    return parser.parse_args([*arguments[:1], *(f"--config={file}" for file in files), *others])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -227,6 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
+        print("error: the memory is full: use smaller images, patches or batches, or another device", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted (an unfinished training goes on with `train --resume RUN`)", file=sys.stderr)
         return 130

@@ -85,7 +85,7 @@ class RandomPatch(A.DualTransform):
 class ChannelLight(A.ImageOnlyTransform):
     """Change brightness (an offset) and contrast (a gain) of each colour channel on its own.
 
-    A change that all channels share is mostly undone by normalising; what differs between cameras and eyes is colour.
+    Normalising takes out what a whole picture shares; light and colour also differ from place to place within one.
     """
 
     def __init__(self, brightness: float, contrast: float):

@@ -1,6 +1,5 @@
 """How fast a network trains and predicts on this machine, as medians with their spread, and what it needs."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -98,8 +97,12 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB of GPU memory allocated at most; on a CPU, of the whole process's memory, libraries included."""
+    """GiB of CUDA memory allocated at most; elsewhere of the whole process's memory, libraries included (Unix only)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

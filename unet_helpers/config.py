@@ -176,16 +176,17 @@ SECTIONS = {"data": DataConfig, "augmentation": AugmentationConfig, "model": Mod
 # What types cannot express: settings, when a value x of theirs is right, and how to say so.
 RULES = [
     ("training.epochs training.batch_size augmentation.patch_size", lambda x: x >= 1, "at least 1"),
-    ("seed data.split_seed training.workers", lambda x: x >= 0, "0 or more"),
+    ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.val_share data.test_share", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("augmentation.brightness augmentation.contrast", lambda x: 0 <= x <= 1, "between 0 and 1"),
-    ("augmentation.elastic augmentation.gamma augmentation.noise", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("augmentation.elastic augmentation.noise", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("augmentation.gamma", lambda x: 0 <= x <= 0.99, "between 0 and 0.99"),
     ("augmentation.rotation", lambda x: 0 <= x <= 180, "between 0 and 180 degrees"),
     ("augmentation.scale", lambda x: 0 < x[0] <= x[1] < math.inf, "two positive numbers, the smaller one first"),
     ("training.learning_rate", lambda x: 0 < x < math.inf, "a positive number"),
-    ("training.steps_per_epoch", lambda x: x is None or x >= 1, "at least 1, or null for one pass over the images"),
+    ("training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null for one pass over the images"),
     ("data.folds", lambda x: x == 0 or x >= 2, "0 (one split) or at least 2"),
     ("data.sample_images", lambda x: min(x) >= 1, "three numbers of at least 1"),
     ("data.sample_size", lambda x: x >= 32, "at least 32 pixels"),
@@ -209,7 +210,7 @@ def check_config(config: Config) -> None:
             value = config
             for name in setting.split("."):
                 value = getattr(value, name)
-            need(is_right(value), setting, value, rule)
+            need("null" in rule if value is None else is_right(value), setting, value, rule)
     folds, fold = config.data.folds, config.data.fold
     need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
 

@@ -71,18 +71,10 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
                 meaning = _meaning_of([pair.mask for pair in pairs])
         brought = [pair.split for pair in pairs]
         splits = brought if observer == 2 else assign_splits(groups, brought, config)
-        samples = [
-            Sample(
-                name="/".join([*pair.folders, pair.image.stem]),
-                image=str(pair.image),
-                mask=str(pair.mask),
-                field_of_view=str(pair.field_of_view) if pair.field_of_view else None,
-                group=group,
-                split=split,
-                meaning=meaning,
-            )
-            for pair, group, split in zip(pairs, groups, splits, strict=True)
-        ]
+        samples = []
+        for pair, group, split in zip(pairs, groups, splits, strict=True):
+            name, view = "/".join([*pair.folders, pair.image.stem]), pair.field_of_view and str(pair.field_of_view)
+            samples.append(Sample(name, str(pair.image), str(pair.mask), view, group, split, meaning))
     return sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.name))
 
 
@@ -158,7 +150,7 @@ class TrainingPatches(Dataset):
         # To NumPy the seeds (s, e) and (s, e, 0) are the same, so the shuffling takes 0 and the images count from 1.
         index = int(np.random.default_rng((self.seed, epoch, 0)).permutation(len(self))[place])
         arrays, statistics = self.decoded[index]
-        # Mapped, only the part of the file that the patch covers is read.
+        # Mapped, of image and mask only what the patch covers is read.
         arrays = [np.load(array, mmap_mode="r") if isinstance(array, str) else array for array in arrays]
         image, mask, view = self.augment(*arrays, (self.seed, epoch, 1 + index))
         return _to_tensors(image, mask, view, statistics)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unet_helpers import metrics
-from unet_helpers.config import IGNORE, Config, DataConfig, UserError
+from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix
@@ -35,7 +35,7 @@ class Evaluation:
     skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
 
     def counts(self) -> np.ndarray:
-        """Counts for `statistics`: (N, 4), for several classes (1, N, K, 4)."""
+        """Counts for `scores`: (N, 4), for several classes (1, N, K, 4)."""
         counts = np.stack(self.image_counts)
         return counts if self.num_classes == 1 else counts[None]
 
@@ -138,7 +138,8 @@ def evaluate(
         split: `train`, `val` or `test`.
         flips: average over mirror images, as `predict` does.
         device: as in the configuration.
-        save: also write the scores into the run's `metrics.json`, under the split's name, and count the reading.
+        save: also write the scores into the run's `metrics.json`, under the split's name, and count the reading; with
+            another data set than the run's own, its name stands before the split's.
 
     Returns:
         The scores; see `summarise`.
@@ -149,8 +150,9 @@ def evaluate(
     opened, result = score_run(run, data, split, flips, device)
     scores = summarise(result, opened.threshold, flips)
     if save:
+        key = f"{data.name}_{split}" if data and data.name != opened.config.data.name else split
         reads = opened.metrics.get("reads", {})
-        opened.metrics |= {split: scores, "reads": reads | {split: reads.get(split, 0) + 1}}
+        opened.metrics |= {key: scores, "reads": reads | {key: reads.get(key, 0) + 1}}
         write_json(opened.path / "metrics.json", opened.metrics)
     return scores
 
@@ -198,7 +200,9 @@ def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss,
     for index in range(accelerator.process_index, len(images), accelerator.num_processes):
         image, mask, _ = images[index]
         logits, mask = predict_logits(model, image[None].to(device)), mask[None].to(device)
-        sums += loss_function.sums(logits, mask).double().cpu()
+        sums += loss_function.sums(logits, mask).cpu().double()
+        if not sums.isfinite().all():
+            raise RunError("The validation loss is no number, the weights diverged: lower training.learning_rate.")
         table.update(metrics.probabilities(logits) if num_classes == 1 else logits.argmax(1), mask)
     model.train(was_training)
     table.reduce(lambda counts: accelerator.reduce(counts, "sum"))

@@ -208,13 +208,15 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
     return pixels.mean(axis=0).astype(np.float32), np.where(deviation < floor, 1.0, deviation).astype(np.float32)
 
 
-def normalise(image: np.ndarray, view: np.ndarray, statistics: Statistics | None = None) -> np.ndarray:
+def normalise(image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None) -> np.ndarray:
     """Scale each channel to mean 0 and standard deviation 1 inside the field of view, and set 0 outside.
 
-    Takes an image, uint8 or float32 (H, W, 3), its field of view, bool (H, W), and for a patch the `statistics_inside`
-    of the whole image, else its own are used; returns float32 (H, W, 3), finite everywhere.
+    Takes an image, uint8 or float32 (H, W, 3), its field of view, bool (H, W), by default `field_of_view`, and for a
+    patch the `statistics_inside` of the whole image, else its own; returns float32 (H, W, 3), finite everywhere.
     """
+    view = field_of_view(image) if view is None else view
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = (image.astype(np.float32) - mean) / deviation
+    scaled[view & (scaled == 0).all(2)] = 1e-6  # exactly 0 in all channels is what `predict_probabilities` leaves out
     scaled[~view] = 0.0
     return scaled

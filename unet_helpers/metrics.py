@@ -52,10 +52,6 @@ class _Tally:
     def __init__(self, *shape: int, device: torch.device | str = "cpu"):
         self.table = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def merge(self, other: "_Tally") -> None:
-        """Add what another one of the same kind has collected."""
-        self.table += other.table.to(self.table.device)
-
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Replace the table by its sum over processes, `all_reduce(table)`. Call once, after the last update."""
         self.table = all_reduce(self.table)
@@ -63,7 +59,9 @@ class _Tally:
     def _add(self, cell: Tensor, valid: Tensor) -> None:
         size = self.table.numel()  # ignored pixels go to one cell more, which is dropped
         cell = torch.where(valid, cell, size).flatten()
-        self.table += torch.bincount(cell, minlength=size + 1)[:size].view_as(self.table)
+        cell = cell.cpu() if cell.is_mps else cell  # where it takes seconds
+        counts = torch.bincount(cell, minlength=size + 1)[:size].view_as(self.table)
+        self.table += counts.to(self.table.device)
 
 
 class BinaryHistogram(_Tally):
@@ -158,13 +156,8 @@ class ConfusionMatrix(_Tally):
         correct, total, true, said = table.trace(), table.sum(), table.sum(1), table.sum(0)
         spread = np.sqrt(total**2 - (true**2).sum()) * np.sqrt(total**2 - (said**2).sum())
         means = {name: float(defined_mean(values)) for name, values in per_class.items()}
-        return means | {
-            "accuracy": float(ratio(correct, total)),
-            "mcc": float(ratio(correct * total - true @ said, spread)),
-            "correct": int(correct),
-            "total": int(total),
-            "per_class": per_class,
-        }
+        means |= {"accuracy": float(ratio(correct, total)), "mcc": float(ratio(correct * total - true @ said, spread))}
+        return means | {"correct": int(correct), "total": int(total), "per_class": per_class}
 
 
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:

@@ -9,6 +9,7 @@ A split by picture would put near-copies of the training images into the test se
 Groups are sorted before they are drawn: neither the order of files nor the machine changes a split, only the seed does.
 """
 
+import glob
 import os
 import re
 from collections import Counter
@@ -51,8 +52,10 @@ def read_folder(root: Path) -> list[Pair]:
     Raises `UserError` if there are no pictures, an image has no mask or the reverse, or a name fits twice.
     """
     places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
-    for folder, below, _ in os.walk(root):
+    for folder, below, _ in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()  # a link to one of the folders it lies in would never end
         below[:] = [name for name in below if not name.startswith((".", "__"))]
+        below[:] = [name for name in below if not here.is_relative_to(Path(folder, name).resolve())]
         is_mask, place = _place(Path(folder).relative_to(root))
         with suppress(UserError):  # no pictures here
             places.setdefault(place, ([], []))[is_mask].extend(list_images(folder))
@@ -126,12 +129,18 @@ def _tokens(path: Path, words: str) -> tuple[str, ...]:
     return tuple(token for token in tokens if token)
 
 
+def find_drive(root: Path | str) -> list[Path]:
+    """Folders at any depth below `root` that hold DRIVE's `training` and `test`, the least deep first."""
+    found = glob.iglob("**/1st_manual", root_dir=root, recursive=True)  # unlike `rglob` it follows links
+    return sorted({Path(root, path).parent.parent for path in found}, key=lambda path: (len(path.parts), path))
+
+
 def read_drive(root: Path, observer: int = 1) -> list[Pair]:
     """Find DRIVE's official layout at any depth below `root`: `{training,test}/{images,1st_manual,mask}`.
 
     The second observer (`test/2nd_manual`) drew the test images only. Raises `UserError` for anything missing.
     """
-    homes = sorted({path.parent.parent for path in root.rglob("1st_manual")}, key=lambda path: (len(path.parts), path))
+    homes = find_drive(root)
     if not homes:
         raise UserError(f"{root}: no DRIVE below it (no folder training/1st_manual): {HOW_TO_GET_DRIVE}")
     if len(homes) > 1 and len(homes[1].parts) == len(homes[0].parts):

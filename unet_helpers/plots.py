@@ -41,10 +41,13 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     return figure
 
 
-def to_png(figure: Figure, dpi: int = 120) -> bytes:
-    """A figure as the bytes of a PNG file."""
+def to_png(picture: Figure | np.ndarray) -> bytes:
+    """A figure, or an array, uint8 or uint16 (H, W) or uint8 (H, W, 3), as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=120)
+    else:
+        Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
 
 

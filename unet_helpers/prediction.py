@@ -4,29 +4,19 @@ Whatever its size, an image is predicted at that size: borders are mirrored wher
 go through the network tile by tile, and predictions of mirror images are averaged.
 """
 
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from unet_helpers.config import UserError
-from unet_helpers.images import (
-    decode_mask,
-    field_of_view,
-    list_images,
-    mask_meaning,
-    normalise,
-    read_image,
-    read_mask_values,
-)
+from unet_helpers.images import decode_mask, list_images, mask_meaning, normalise, read_image, read_mask_values
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
-from unet_helpers.plots import animate, colour_classes, error_map
+from unet_helpers.plots import animate, colour_classes, error_map, to_png
 from unet_helpers.runs import Run, load_run
 from unet_helpers.system import find_device, make_folder, write_whole
 
@@ -140,8 +130,10 @@ def predict(
         UserError: before anything is written, if an input or the output folder cannot be used.
     """
     images = find_inputs(paths)
-    truths = find_truths(images, truth) if truth else {}
+    if any(path.resolve().parent == Path(output).resolve() for path in images):
+        raise UserError(f"{output}: holds images to predict, predictions would get between them: name another output.")
     opened, target = load_run(run), find_device(device)
+    truths = find_truths(images, truth, opened.config.data.mask_values) if truth else {}
     for path in images:  # look at every input before the first output
         size = read_image(path).shape[:2]
         if path in truths and truths[path].shape != size:
@@ -152,35 +144,34 @@ def predict(
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
         probability = predict_image(model, image, target, flips).cpu()
-        files = render(probability, opened)
-        mask = files.pop("classes")
+        mask, files = render(probability, opened)
         if path in truths:
-            files["errors.png"] = to_png(error_map(mask, truths[path]))
+            files["_errors.png"] = to_png(error_map(mask, truths[path]))
         if gif:
             files[".gif"] = animate(frames(image, probability, mask))
-        for name, content in files.items():
-            write_whole(output / (path.stem + (name if name.startswith(".") else f"_{name}")), content)
+        for ending, content in files.items():
+            write_whole(output / (path.stem + ending), content)
         written.append(output / f"{path.stem}_mask.png")
     return written
 
 
 def predict_image(model: nn.Module, image: np.ndarray, device: torch.device, flips: bool = True) -> Tensor:
     """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it: (H, W, 3)."""
-    normalised = torch.from_numpy(normalise(image, field_of_view(image))).permute(2, 0, 1)
+    normalised = torch.from_numpy(normalise(image)).permute(2, 0, 1)
     return predict_probabilities(model, normalised.to(device), flips)
 
 
-def render(probability: Tensor, run: Run) -> dict:
-    """The files that show a prediction, as bytes by ending, and under `classes` the class indices (H, W)."""
+def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:
+    """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending."""
     if probability.ndim == 2:
         levels = quantise(probability).numpy()
         classes = (levels >= level(run.threshold)).astype(np.uint8)
-        files = {"mask.png": to_png(classes * 255)}
+        files = {"_mask.png": to_png(classes * 255)}
     else:
         best, chosen = probability.max(0)
         levels, classes = quantise(best).numpy(), chosen.numpy().astype(np.uint8)
-        files = {"mask.png": to_png(classes), "color.png": to_png(colour_classes(classes))}
-    return files | {"probability.png": to_png(levels.astype(np.uint16)), "classes": classes}
+        files = {"_mask.png": to_png(classes), "_color.png": to_png(colour_classes(classes))}
+    return classes, files | {"_probability.png": to_png(levels.astype(np.uint16))}
 
 
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
@@ -204,19 +195,13 @@ def find_inputs(paths: list[Path | str]) -> list[Path]:
     return images
 
 
-def find_truths(images: list[Path], truth: Path | str) -> dict[Path, np.ndarray]:
-    """Masks (H, W) for the images, found by name as in a folder data set."""
+def find_truths(images: list[Path], truth: Path | str, meaning: str = "auto") -> dict[Path, np.ndarray]:
+    """Masks (H, W) for the images, found by name as in a folder data set; `meaning` as in `data.mask_values`."""
     truth = Path(truth)
     if not truth.is_dir() and len(images) > 1:
         raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
     masks = pair_by_name(images, list_images(truth)) if truth.is_dir() else {images[0]: truth}
     values = {path: read_mask_values(mask) for path, mask in masks.items()}
-    meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
+    if meaning == "auto":
+        meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
     return {path: decode_mask(value, meaning) for path, value in values.items()}
-
-
-def to_png(picture: np.ndarray) -> bytes:
-    """An array uint8 or uint16 (H, W), or uint8 (H, W, 3), as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from unet_helpers.config import IGNORE, DataConfig, UserError, one_line
+from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
-from unet_helpers.pairing import HOW_TO_GET_DRIVE, SPLITS
+from unet_helpers.pairing import HOW_TO_GET_DRIVE, SPLITS, find_drive
 from unet_helpers.system import make_folder, write_error, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
@@ -44,8 +44,9 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     Raises:
         UserError: naming the file and what is wrong with it, or saying what to download where.
     """
+    check_config(Config(data=config))
     root, output = Path(config.root).expanduser(), Path(output)
-    if config.name == "drive" and download and not any(root.rglob("1st_manual")):
+    if config.name == "drive" and download and not find_drive(root):
         _download_drive(root)
     samples = find_samples(config)
     counts = Counter(sample.split for sample in samples)
@@ -149,7 +150,10 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
                 copies = _copies(image, mask, rng.uniform(-MAX_ANGLE, MAX_ANGLE))
             for change, pictures in copies.items():
                 for kind, picture in zip(("image", "mask"), pictures, strict=True):
-                    Image.fromarray(picture).save(part / split / kind / f"{_stem(sample)}{change}.png")
+                    target = part / split / kind / f"{_stem(sample)}{change}.png"
+                    if target.exists():
+                        raise UserError(f"{sample.image}: another image would also be called {target.name}: rename it")
+                    Image.fromarray(picture).save(target)
             counts[split] += len(copies)
         if output.exists():
             output.rmdir()
@@ -178,4 +182,4 @@ def _copies(image: np.ndarray, mask: np.ndarray, angle: float) -> dict[str, tupl
 def _stem(sample: Sample) -> str:
     """A file name whose part before the first `__` is the sample's group."""
     name, group = (re.sub(r"[/_]+", "_", text) for text in (sample.name, sample.group))
-    return name if group.endswith(name) else f"{group}__{name}"
+    return name if group == name else f"{group}__{name}"

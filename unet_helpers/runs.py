@@ -29,19 +29,12 @@ COLUMNS = (
 
 @dataclass
 class Run:
-    """A trained network and what belongs to it.
+    """A trained network and what belongs to it."""
 
-    Attributes:
-        path: its folder.
-        config: every setting it was trained with.
-        model: the network with its weights, in evaluation mode, on the CPU.
-        metrics: the content of `metrics.json`.
-    """
-
-    path: Path
-    config: Config
-    model: torch.nn.Module
-    metrics: dict
+    path: Path  # its folder
+    config: Config  # every setting it was trained with
+    model: nn.Module  # the network with its weights, in evaluation mode, on the CPU
+    metrics: dict  # the content of `metrics.json`
 
     @property
     def threshold(self) -> float | None:
@@ -61,7 +54,8 @@ def load_run(path: Path | str) -> Run:
     config = load_config(path / "config.yaml")
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        if config.model.num_classes == 1 and not 0 <= float(metrics["threshold"]) <= 1:
+        threshold = metrics["threshold"]
+        if config.model.num_classes == 1 and not 0 <= float(threshold) <= 1:
             raise ValueError("its threshold is not between 0 and 1")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
@@ -84,17 +78,11 @@ def load_network(run: Path, config: Config) -> nn.Module:
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        epoch: finished epochs.
-        best_epoch: the one with the highest validation Dice so far, whose weights are `model.safetensors`.
-        history: a row of `COLUMNS` for the untrained network and for each epoch.
-    """
-
-    epoch: int = 0
-    best_epoch: int = 0
-    history: list[dict] = field(default_factory=list)
+    epoch: int = 0  # finished epochs
+    best_epoch: int = 0  # the one with the highest validation Dice so far, whose weights are `model.safetensors`
+    history: list[dict] = field(default_factory=list)  # a row of `COLUMNS` for the untrained network and each epoch
 
     def record(
         self, step: int, rate: float, train_loss: float | None, speed: float | None, seconds: float, scores: dict
@@ -141,6 +129,7 @@ def new_run(run: Path, config: Config, resume: bool) -> None:
     if taken:
         raise UserError(f"{run}: already holds a run ({taken[0]}); choose another folder, or finish it with --resume.")
     make_folder(run / "state")
+    (run / "state" / "last.safetensors").unlink(missing_ok=True)  # of a run whose published files were deleted
     write_whole(run / "config.yaml", dump_config(config))
 
 
@@ -194,12 +183,11 @@ def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, sca
             index, name = key.split(".", 1)
             states.setdefault(int(index), {})[name] = value
         optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
-        if scaler:
-            scaler.load_state_dict(json.loads(header["scaler"]))
+        if scaler and (saved := json.loads(header["scaler"])):  # empty after training without one
+            scaler.load_state_dict(saved)
         progress = Progress(**json.loads(header["progress"]))
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: does not fit this run's settings ({one_line(error)}); start a new run.") from error
-    write_history(run, progress.history)
     return progress
 
 

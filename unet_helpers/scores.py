@@ -162,12 +162,12 @@ def paired_difference(
     if a.shape != b.shape:
         remedy = "compare the same images with the same number of seeds"
         raise UserError(f"counts have shapes {np.shape(counts_a)} and {np.shape(counts_b)}, expected equal: {remedy}")
-    all_images = np.ones((1, a.shape[1]))
-    difference = float((_pooled(score, a, all_images) - _pooled(score, b, all_images)).mean())
-    draws = [
-        _seed_mean(_pooled(score, a, images) - _pooled(score, b, images), seeds)
-        for seeds, images in _draws(a, samples, seed)
-    ]
+
+    def differences(images: np.ndarray) -> np.ndarray:
+        return _pooled(score, a, images) - _pooled(score, b, images)
+
+    difference = float(differences(np.ones((1, a.shape[1]))).mean())
+    draws = [_seed_mean(differences(images), seeds) for seeds, images in _draws(a, samples, seed)]
     low, high = _percentiles(np.concatenate(draws), level) if a.shape[1] > 1 else (float("nan"), float("nan"))
     return {"difference": difference, "low": low, "high": high, "better": low > 0}
 

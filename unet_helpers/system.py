@@ -27,7 +27,7 @@ def find_device(name: str = "auto") -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available.get(name, False):
         there = ", ".join(device for device, there in available.items() if there)
-        raise UserError(f"training.device is {name}, but torch finds no such device here (it finds: {there}).")
+        raise UserError(f"the device asked for is {name}, but torch finds no such device here (it finds: {there}).")
     return torch.device(name)
 
 
@@ -49,6 +49,12 @@ def find_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     return "bf16" if device.type == "cpu" and has_native_bf16() else "fp32"
+
+
+def memory_is_full(error: Exception) -> bool:
+    """Whether an error says so; only CUDA has a type of its own for it."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def has_native_bf16() -> bool:

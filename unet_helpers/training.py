@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -31,8 +31,8 @@ from unet_helpers.datasets import TrainingPatches, WholeImages
 from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
-from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch
-from unet_helpers.system import describe_device, find_device, find_precision, write_json
+from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch, write_history
+from unet_helpers.system import describe_device, find_device, find_precision, memory_is_full, write_json
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
@@ -66,6 +66,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)
+    network.output_size(config.augmentation.patch_size)  # patches too small for valid padding come out here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
@@ -77,6 +78,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
     progress = load_state(run, network, average, optimiser, accelerator.scaler) if resume else Progress()
+    if main and progress.history:
+        write_history(run, progress.history)
 
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
     total = steps * settings.epochs
@@ -119,11 +122,13 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
             progress.epoch = epoch + 1
             speed = steps * settings.batch_size / (time.perf_counter() - started)
             close_epoch(rate, losses.item() / steps, speed, started)
-        metrics = finish(run, config, progress, accelerator, validation)
+        metrics = finish(run, config, progress, accelerator, validation, patches.names)
         accelerator.end_training()
         return metrics
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise RunError("Batch norm has a single value to normalise: raise training.batch_size.") from error
+        if not memory_is_full(error):
             raise
         raise RunError(
             f"The memory of {device} is full; lower training.batch_size (now {settings.batch_size}) or "
@@ -131,7 +136,9 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         ) from error
 
 
-def finish(run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages) -> dict:
+def finish(
+    run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages, names: list[str]
+) -> dict:
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
     metrics = {}
     if accelerator.is_main_process:
@@ -145,7 +152,7 @@ def finish(run: Path, config: Config, progress: Progress, accelerator: Accelerat
             "epochs": config.training.epochs,
             "steps": progress.history[-1]["step"],
             "parameters": count_parameters(network),
-            "training_images": [sample.name for sample in samples_of(config, "train")],
+            "training_images": names,
             "seconds": round(sum(row["seconds"] for row in progress.history), 1),
             "device": describe_device(device),
             "processes": accelerator.num_processes,
@@ -165,7 +172,10 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         AcceleratorState._reset_state(reset_partial_state=True)
+    # Some encoders have layers that the decoder does not use; our own network has none.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")
     return Accelerator(
+        kwargs_handlers=[unused],
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         log_with="tensorboard" if run and config.training.tensorboard else None,
@@ -190,8 +200,10 @@ def train_step(
     """
     for group in optimiser.param_groups:
         group["lr"] = rate
-    images = images.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True)
-    masks = masks.to(accelerator.device, non_blocking=True)
+    device = accelerator.device  # on Apple's GPU, channels_last and asynchronous copies have given wrong results
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    images = images.to(device, memory_format=layout, non_blocking=device.type == "cuda")
+    masks = masks.to(device, non_blocking=device.type == "cuda")
     logits = model(images)
     reduce = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     loss = loss_function(logits, center_crop(masks, logits.shape[-2:]), reduce)

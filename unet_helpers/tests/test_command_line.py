@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from unet_helpers import training
-from unet_helpers.__main__ import main
+from unet_helpers.__main__ import COMMANDS, main, parse
 from unet_helpers.config import dump_config, load_config
 from unet_helpers.sample_data import make_retina
 
@@ -239,3 +239,22 @@ def test_interrupting_a_training_says_so_and_leaves_a_run_to_resume(tmp_path):
     assert errors.splitlines()[-1].startswith("error: interrupted")
     assert "Traceback" not in errors
     assert not list((tmp_path / "run").rglob("*.part"))
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path, small_config, order):
+    small_config.training.epochs = 7
+    (tmp_path / "c.yaml").write_text(dump_config(small_config))
+    parts = [["--training.epochs", "3"], ["--config", str(tmp_path / "c.yaml")]]
+    args = parse(["train", *parts[order[0]], *parts[order[1]]])
+    assert (args.train.training.epochs, args.train.seed) == (3, 3)
+
+
+def test_full_memory_outside_training_ends_in_one_line(monkeypatch, capsys):
+    def full(*_):
+        """Like an evaluation for which the memory does not suffice."""
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setitem(COMMANDS, "evaluate", (full, COMMANDS["evaluate"][1]))
+    assert main(["evaluate", "run"]) == 1
+    assert "memory is full" in capsys.readouterr().err

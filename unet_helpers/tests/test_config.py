@@ -92,3 +92,22 @@ def test_the_defaults_are_valid():
 
 def test_shares_may_be_nothing():
     check_config(Config(data=DataConfig(val_share=0.0, test_share=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "word"),
+    [
+        ("training", {"epochs": None}, "training.epochs"),
+        ("training", {"learning_rate": None}, "training.learning_rate"),
+        ("augmentation", {"gamma": 1.0}, "augmentation.gamma"),
+        ("augmentation", {"scale": None}, "augmentation.scale"),
+    ],
+)
+def test_settings_that_are_null_or_just_too_large_are_named(section, values, word):
+    with pytest.raises(UserError, match=word):
+        from_dict({section: values}, "c.yaml")
+
+
+def test_a_seed_beyond_what_numpy_takes_is_refused():
+    with pytest.raises(UserError, match="seed"):
+        from_dict({"seed": 10**23}, "c.yaml")

@@ -73,7 +73,7 @@ def test_the_split_depends_on_names_and_not_on_the_order_of_the_directory(tmp_pa
     expected = find_samples(config)
     iterdir, walk = Path.iterdir, os.walk
     monkeypatch.setattr(Path, "iterdir", lambda self: sorted(iterdir(self), reverse=True))
-    monkeypatch.setattr(os, "walk", lambda top: ((d, dirs[::-1], files[::-1]) for d, dirs, files in walk(top)))
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((d, dirs[::-1], files[::-1]) for d, dirs, files in walk(*a, **k)))
     assert find_samples(config) == expected
 
 

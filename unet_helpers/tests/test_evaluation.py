@@ -14,6 +14,7 @@ from unet_helpers.datasets import WholeImages, find_samples, load_sample
 from unet_helpers.evaluation import choose_threshold, compare, evaluate, samples_of, score_images
 from unet_helpers.prediction import predict
 from unet_helpers.runs import load_run
+from unet_helpers.sample_data import make_retina
 from unet_helpers.training import train
 
 KEYS = (
@@ -165,3 +166,21 @@ def test_an_empty_split_is_refused(trained_run, folder):
     shutil.rmtree(folder / "test")
     with pytest.raises(UserError, match="test"):
         evaluate(trained_run, DataConfig(name="folder", root=str(folder), test_share=0.0))
+
+
+def test_scores_on_another_data_set_do_not_replace_those_of_the_runs_own(trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    evaluate(run, split="test", save=True)
+    own = json.loads((run / "metrics.json").read_text())["test"]
+    folder = tmp_path / "set"
+    for number in range(3):
+        retina = make_retina(number, 48)
+        for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+            (folder / "test" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(folder / "test" / kind / f"{number}.png")
+    evaluate(run, DataConfig(name="folder", root=str(folder)), "test", save=True)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"] == own
+    assert metrics["folder_test"]["n_images"] == 3
+    assert metrics["reads"] == {"test": 1, "folder_test": 1}

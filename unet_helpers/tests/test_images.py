@@ -235,7 +235,7 @@ def test_normalising_a_patch_with_the_statistics_of_its_image_is_cutting_the_nor
 
 @pytest.mark.parametrize("view", [np.ones((4, 4), bool), np.zeros((4, 4), bool)])
 def test_constant_images_and_empty_views_stay_finite(view):
-    assert (normalise(np.full((4, 4, 3), 7, np.uint8), view) == 0).all()
+    assert np.abs(normalise(np.full((4, 4, 3), 7, np.uint8), view)).max() < 1e-5
 
 
 def test_listing_a_folder(tmp_path):
@@ -246,3 +246,13 @@ def test_listing_a_folder(tmp_path):
     for folder in ("empty", "missing"):
         with pytest.raises(UserError, match=folder):
             list_images(tmp_path / folder)
+
+
+def test_no_pixel_inside_the_field_of_view_is_normalised_to_exactly_what_stands_for_outside():
+    grey = np.full((20, 20, 3), 128, np.uint8)
+    assert not (normalise(grey) == 0).all(2).any()
+    toy = grey.copy()
+    toy[:5], toy[5:10] = 100, 156  # the mean is a value that occurs
+    view = np.ones((20, 20), bool)
+    view[:, 0] = False
+    np.testing.assert_array_equal((normalise(toy, view) == 0).all(2), ~view)

@@ -1,13 +1,16 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from unet_helpers.config import DataConfig, UserError
 from unet_helpers.pairing import (
     assert_disjoint,
     assign_splits,
+    find_drive,
     groups_by_name,
     k_folds,
     pair_by_name,
@@ -267,3 +270,25 @@ def test_folds_pool_training_and_validation_but_never_touch_the_test():
 def test_a_group_in_two_folders_is_refused():
     with pytest.raises(UserError, match="'a'"):
         assign_splits(["a", "b", "c", "a"], ["train", "train", "val", "test"], DataConfig())
+
+
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    real = tmp_path / "elsewhere"
+    for split in ("train", "test"):
+        for kind in ("images", "masks"):
+            (real / split / kind).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(real / split / kind / "a.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "train").symlink_to(real / "train", target_is_directory=True)
+    (root / "test").symlink_to(real / "test", target_is_directory=True)
+    (root / "circle").symlink_to(root, target_is_directory=True)
+    assert [pair.split for pair in read_folder(root)] == ["test", "train"]
+
+
+def test_drive_is_found_through_a_link(tmp_path):
+    (tmp_path / "elsewhere" / "training" / "1st_manual").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "DRIVE").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert find_drive(tmp_path / "data") == [tmp_path / "data" / "DRIVE"]
+    assert find_drive(tmp_path / "nowhere") == []

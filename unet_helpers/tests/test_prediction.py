@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.evaluation import evaluate
 from unet_helpers.metrics import level
 from unet_helpers.model import UNet
-from unet_helpers.prediction import mirror_border, predict, predict_logits, predict_probabilities
+from unet_helpers.prediction import find_truths, mirror_border, predict, predict_logits, predict_probabilities
 from unet_helpers.runs import load_run
 from unet_helpers.sample_data import make_retina
 
@@ -170,3 +172,19 @@ def test_wrong_inputs_end_before_anything_is_written(trained_run, photographs, t
     output.write_text("a file")
     with pytest.raises(UserError, match="out"):
         predict(trained_run, [photographs], output, quiet=True)
+
+
+def test_predictions_do_not_go_among_the_images(trained_run, tmp_path):
+    for name, picture in (("a", make_retina(0, 48).image), ("a_mask", make_retina(0, 48).vessels)):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    before = (tmp_path / "a_mask.png").read_bytes()
+    with pytest.raises(UserError, match="another output"):
+        predict(trained_run, [tmp_path / "a.png"], tmp_path, quiet=True)
+    assert (tmp_path / "a_mask.png").read_bytes() == before
+
+
+def test_ground_truth_is_read_as_the_data_the_run_was_trained_on(tmp_path):
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "a.png")
+    images = [Path("a.png")]
+    assert find_truths(images, tmp_path / "a.png")[images[0]].tolist() == [[0, 1]]
+    assert find_truths(images, tmp_path / "a.png", "classes")[images[0]].tolist() == [[0, 255]]

@@ -208,3 +208,16 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         expand_offline(DataConfig("folder", str(tmp_path / "nowhere")), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+def test_offline_expansion_loses_no_image_whose_names_end_alike(tmp_path):
+    for split in ("train", "val", "test"):
+        for number in range(3):
+            retina = make_retina((len(split), number), 32)
+            for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+                (tmp_path / "set" / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(tmp_path / "set" / split / kind / f"{number}.png")
+    report = expand_offline(DataConfig(name="folder", root=str(tmp_path / "set")), tmp_path / "out")
+    assert "24 training images" in report
+    assert len(list((tmp_path / "out" / "train" / "image").iterdir())) == 24
+    find_samples(DataConfig(name="folder", root=str(tmp_path / "out"), val_share=0.3))

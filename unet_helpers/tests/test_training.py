@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 from unet_helpers import training
 from unet_helpers.config import AugmentationConfig, RunError, UserError, dump_config
-from unet_helpers.runs import PUBLISHED, load_run, read_history
+from unet_helpers.model import build_model
+from unet_helpers.runs import PUBLISHED, load_run, load_state, read_history
 from unet_helpers.training import learning_rate, shared_batches, train
 
 WEIGHTS = "model.safetensors"
@@ -347,3 +349,54 @@ def test_a_gpu_trains_in_every_precision(small_config, tmp_path, precision):
     assert metrics["precision"] == expected
     small_config.training.epochs = 3
     assert read_history(tmp_path / "run" / "history.csv")[-1]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_a_divergence_in_the_last_step_of_an_epoch_is_called_one(small_config, tmp_path, num_classes):
+    small_config.model.num_classes = num_classes
+    small_config.data.labels = "vessels" if num_classes == 1 else "artery_vein"
+    small_config.training.steps_per_epoch, small_config.training.clip_norm = 1, 0.0
+    small_config.training.learning_rate, small_config.training.warmup = 1e30, 0.0
+    small_config.training.epochs, small_config.training.ema_decay = 3, 0.0
+    with pytest.raises(RunError, match="learning_rate"):
+        train(small_config, tmp_path / "run", quiet=True)
+    assert all(row["val_loss"] is not None for row in read_history(tmp_path / "run" / "history.csv"))
+
+
+def test_patches_too_small_for_valid_padding_come_out_before_anything_is_written(small_config, tmp_path):
+    small_config.model.padding, small_config.augmentation.patch_size = "valid", 8
+    with pytest.raises(UserError, match="at least"):
+        train(small_config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_value_for_batch_norm_says_what_to_raise(small_config, tmp_path):
+    small_config.training.batch_size, small_config.augmentation.patch_size = 1, 2
+    with pytest.raises(RunError, match=r"training\.batch_size"):
+        train(small_config, tmp_path / "run", quiet=True)
+
+
+def test_a_new_run_forgets_the_state_of_a_deleted_one(small_config, tmp_path, monkeypatch):
+    train(small_config, tmp_path / "run", quiet=True)
+    for name in PUBLISHED:
+        (tmp_path / "run" / name).unlink()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "save_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(small_config, seed=8), tmp_path / "run", quiet=True)
+    train(replace(small_config, seed=8), tmp_path / "run", resume=True, quiet=True)
+    train(replace(small_config, seed=8), tmp_path / "fresh", quiet=True)
+    assert same(tmp_path / "fresh" / WEIGHTS, tmp_path / "run" / WEIGHTS)
+
+
+def test_a_run_without_a_gradient_scaler_resumes_with_one(small_config, tmp_path):
+    train(small_config, tmp_path / "run", quiet=True)
+    network = build_model(small_config.model)
+    average = AveragedModel(network, use_buffers=True)
+    scaler = torch.amp.GradScaler("cpu")
+    assert load_state(tmp_path / "run", network, average, torch.optim.AdamW(network.parameters()), scaler).epoch == 2
+    assert scaler.get_scale() == 65536
