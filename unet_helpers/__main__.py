@@ -7,6 +7,7 @@ Every setting of a run is a flag that is called as in `config.yaml`: `--training
 
 import datetime
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,9 +64,7 @@ def settings_arguments(parser: Parser) -> None:
 def train_arguments(parser: Parser) -> None:
     """Arguments of `train`."""
     parser.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
-    parser.add_argument(
-        "--resume", help="go on with the interrupted run in this folder; other settings are taken from it"
-    )
+    parser.add_argument("--resume", help="folder of an interrupted run to go on with; its settings are taken from it")
     settings_arguments(parser)
 
 
@@ -139,9 +138,7 @@ def predict_command(args: Namespace) -> None:
 
 def benchmark_arguments(parser: Parser) -> None:
     """Arguments of `benchmark`."""
-    parser.add_argument(
-        "--size", type=tuple[int, int], default=(584, 565), help="of the image to predict: height, width"
-    )
+    parser.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
     parser.add_argument("--steps", type=int, default=12, help="how often everything is measured")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     settings_arguments(parser)
@@ -221,6 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not memory_is_full(error):
             raise
         print("error: the memory is full: use smaller images, patches or batches, or another device", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("error: interrupted (an unfinished training goes on with `train --resume RUN`)", file=sys.stderr)

@@ -70,9 +70,7 @@ def load_network(run: Path, config: Config) -> nn.Module:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{path}: these weights do not fit the model that config.yaml describes: {one_line(error)}"
-        ) from None
+        raise UserError(f"{path}: does not fit the model that config.yaml describes: {one_line(error)}") from None
     return model.eval()
 
 

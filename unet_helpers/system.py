@@ -41,9 +41,7 @@ def find_precision(name: str, device: torch.device) -> str:
         UserError: for fp16 on a device without a gradient scaler for it.
     """
     if name == "fp16" and device.type != "cuda":
-        raise UserError(
-            f"training.precision is fp16, which needs a CUDA GPU, not {device.type}; use auto, fp32 or bf16."
-        )
+        raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
     if name != "auto":
         return name
     if device.type == "cuda":

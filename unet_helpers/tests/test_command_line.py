@@ -258,3 +258,11 @@ def test_full_memory_outside_training_ends_in_one_line(monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "evaluate", (full, COMMANDS["evaluate"][1]))
     assert main(["evaluate", "run"]) == 1
     assert "memory is full" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_quietly(trained_run):
+    command = [sys.executable, "-m", "unet_helpers", "evaluate", str(trained_run), "--json", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=120) == 1
