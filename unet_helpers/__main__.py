@@ -112,10 +112,8 @@ def evaluate_command(args: Namespace) -> None:
     data = load_run(args.run).config.data
     data = replace(data, name=args.data or data.name, root=args.data_root or data.root)
     options = {"data": data, "split": args.split, "flips": not args.no_flips, "device": args.device}
-    scores = evaluate(args.run, save=args.save, **options)
-    if args.compare:
-        scores["compared"] = compare(args.run, args.compare, **options)
-    report(scores, args.json)
+    compared = {"compared": compare(args.run, args.compare, **options)} if args.compare else {}
+    report(evaluate(args.run, save=args.save, **options) | compared, args.json)
 
 
 def predict_arguments(parser: Parser) -> None:
@@ -211,9 +209,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parse(arguments)
         COMMANDS[args.command][0](args[args.command])
-    except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except (UserError, RunError, PermissionError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
     except (MemoryError, RuntimeError) as error:
         if not memory_is_full(error):
             raise

@@ -21,15 +21,10 @@ from unet_helpers.training import make_accelerator, shared_batches, train_step
 def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 12, warmup: int = 3) -> dict:
     """Measure training and prediction with the configured model, data and device.
 
-    Args:
-        config: as for training.
-        size: height and width of the image that is predicted; DRIVE's by default.
-        steps: how often each thing is measured.
-        warmup: how often it is done before, without measuring: the first steps choose kernels and fill caches.
-
-    Returns:
-        For the seconds of a training step, of waiting for its data, and of predicting one image without and with flips,
-        and for images per second, {"median", "low", "high"}, the latter the quartiles; `data_share` of a step's time.
+    Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
+    image that is predicted has `size` (height, width), by default DRIVE's. Returns, for the seconds of a training step,
+    of waiting for its data, and of predicting one image without and with flips, and for images per second,
+    {"median", "low", "high"}, the latter the quartiles; and `data_share`, of a step's time.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training

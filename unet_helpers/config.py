@@ -187,6 +187,7 @@ RULES = [
     ("augmentation.scale", lambda x: 0 < x[0] <= x[1] < math.inf, "two positive numbers, the smaller one first"),
     ("training.learning_rate", lambda x: 0 < x < math.inf, "a positive number"),
     ("training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null for one pass over the images"),
+    ("data.root", bool, "a folder"),
     ("data.folds", lambda x: x == 0 or x >= 2, "0 (one split) or at least 2"),
     ("data.sample_images", lambda x: min(x) >= 1, "three numbers of at least 1"),
     ("data.sample_size", lambda x: x >= 32, "at least 32 pixels"),
@@ -213,6 +214,8 @@ def check_config(config: Config) -> None:
             need("null" in rule if value is None else is_right(value), setting, value, rule)
     folds, fold = config.data.folds, config.data.fold
     need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
+    weights, ours = config.model.encoder_weights, config.model.architecture == "unet"
+    need(weights is None or not ours, "model.encoder_weights", weights, "null for `unet`, which has no such encoder")
 
 
 def to_dict(config: Config) -> dict:

@@ -81,8 +81,12 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
 def _meaning_of(masks: Sequence[Path]) -> images.Meaning:
     """What mask values mean, from every mask of the data set; an error names the mask with the strangest ones."""
     values = {path: set(np.flatnonzero(np.bincount(images.read_mask_values(path).ravel())).tolist()) for path in masks}
+    found = set().union(*values.values())
+    if found == {0, 1, IGNORE} and not any({1, IGNORE} <= held for held in values.values()):
+        odd = next(path for path in masks if IGNORE in values[path])
+        raise UserError(f"{odd}: holds 0 and 255 where others hold 0 and 1: is 255 foreground? set data.mask_values")
     try:
-        return images.mask_meaning(set().union(*values.values()))
+        return images.mask_meaning(found)
     except UserError as error:
         strangest = max(values, key=lambda path: len(values[path] - {0, 1, IGNORE}))
         raise UserError(f"{strangest}: {error}") from error
@@ -136,11 +140,14 @@ class TrainingPatches(Dataset):
             raise UserError("there is no image to train on: check data.root and the shares of the splits")
         self.names = [sample.name for sample in samples]
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
-        self.decoded, used = [], 0
+        self.decoded, used, there = [], 0, False
         for sample in samples:
             arrays, statistics = _decode(sample, config.model.num_classes)
+            there |= bool(((arrays[1] != 0) & (arrays[1] != IGNORE)).any())
             used += sum(array.nbytes for array in arrays)
             self.decoded.append((arrays if used <= MEMORY_LIMIT else _to_files(arrays), statistics))
+        if not there:
+            raise UserError(f"{samples[0].mask}: this and all other training masks hold no foreground: check the masks")
 
     def __len__(self) -> int:
         return len(self.decoded)

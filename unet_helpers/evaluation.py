@@ -180,7 +180,7 @@ def samples_of(config: Config, split: str) -> list:
     """The samples of one split, of which there must be some."""
     samples = [sample for sample in find_samples(config.data) if sample.split == split]
     if not samples:
-        raise UserError(f"data.name={config.data.name}: the split {split} holds no images.")
+        raise UserError(f"data.name={config.data.name}: the split {split} holds no images: change the splits' shares.")
     return samples
 
 

@@ -52,10 +52,14 @@ def read_folder(root: Path) -> list[Pair]:
     Raises `UserError` if there are no pictures, an image has no mask or the reverse, or a name fits twice.
     """
     places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
+    seen = {os.path.realpath(root)}  # links may lead to a folder twice, or round in circles
     for folder, below, _ in os.walk(root, followlinks=True):
-        here = Path(folder).resolve()  # a link to one of the folders it lies in would never end
-        below[:] = [name for name in below if not name.startswith((".", "__"))]
-        below[:] = [name for name in below if not here.is_relative_to(Path(folder, name).resolve())]
+        paths = [os.path.join(folder, name) for name in sorted(below) if not name.startswith((".", "__"))]
+        below.clear()
+        for path in sorted(paths, key=os.path.islink):  # what is really there comes before links to it
+            if (real := os.path.realpath(path)) not in seen:
+                seen.add(real)
+                below.append(os.path.basename(path))
         is_mask, place = _place(Path(folder).relative_to(root))
         with suppress(UserError):  # no pictures here
             places.setdefault(place, ([], []))[is_mask].extend(list_images(folder))

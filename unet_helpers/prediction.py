@@ -5,6 +5,7 @@ go through the network tile by tile, and predictions of mirror images are averag
 """
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,8 +131,9 @@ def predict(
         UserError: before anything is written, if an input or the output folder cannot be used.
     """
     images = find_inputs(paths)
-    if any(path.resolve().parent == Path(output).resolve() for path in images):
-        raise UserError(f"{output}: holds images to predict, predictions would get between them: name another output.")
+    folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
+    if os.path.realpath(output) in folders | {os.path.realpath(truth or images[0])}:
+        raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
     truths = find_truths(images, truth, opened.config.data.mask_values) if truth else {}
     for path in images:  # look at every input before the first output

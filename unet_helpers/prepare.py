@@ -122,13 +122,8 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
     folder data set keeps them in their original's group; drawn at random instead, nearly every validation image would
     have a copy among the training images. Masks hold class indices and 255.
 
-    Args:
-        config: the data set to start from.
-        output: folder to write, which must not exist yet or be empty; written whole or not at all.
-        seed: of the angles of rotation.
-
-    Returns:
-        One line saying what was written.
+    `output` must not exist yet or be empty, and is written whole or not at all; `seed` is that of the angles of
+    rotation. Returns one line saying what was written.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

@@ -112,22 +112,23 @@ class Progress:
 def new_run(run: Path, config: Config, resume: bool) -> None:
     """Make the run folder and write its settings; with `resume`, check that an unfinished run of the same is there.
 
-    Raises:
-        UserError: if the folder cannot be used.
+    Raises `UserError` if the folder cannot be used.
     """
+    last = run / "state" / "last.safetensors"
     if resume:
         if (run / "metrics.json").is_file():
             raise UserError(f"{run}: is finished, there is nothing to resume.")
+        if (run / "history.csv").is_file() and not last.is_file():
+            raise UserError(f"{run}: cannot be resumed, as {last.relative_to(run)} is gone; start a new run.")
         before = result_settings(load_config(run / "config.yaml"))
         different = [key for key, value in result_settings(config).items() if before[key] != value]
         if different:
             raise UserError(f"{run}: cannot be resumed with another {different[0]}; start a new run for that.")
         return
-    taken = [name for name in PUBLISHED if (run / name).exists()]
+    taken = [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]
     if taken:
-        raise UserError(f"{run}: already holds a run ({taken[0]}); choose another folder, or finish it with --resume.")
+        raise UserError(f"{run}: already holds a run ({taken[0].name}); choose another folder, or --resume it.")
     make_folder(run / "state")
-    (run / "state" / "last.safetensors").unlink(missing_ok=True)  # of a run whose published files were deleted
     write_whole(run / "config.yaml", dump_config(config))
 
 

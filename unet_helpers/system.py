@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,11 +18,7 @@ from unet_helpers.config import RunError, UserError, one_line
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        UserError: if the device asked for is not there.
-    """
+    """The device called `name`, or `UserError` if it is not there; `auto` takes CUDA, Apple's MPS, or the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, there in available.items() if there)
@@ -36,9 +33,7 @@ def find_precision(name: str, device: torch.device) -> str:
 
     `auto` asks what the hardware computes in natively. A T4 (compute capability 7.5) accepts bf16 and emulates it,
     slowly, so bf16 needs capability 8.0 and fp16 with a gradient scaler is used below; a CPU needs bf16 instructions.
-
-    Raises:
-        UserError: for fp16 on a device without a gradient scaler for it.
+    Raises `UserError` for fp16 on a device without a gradient scaler for it.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
@@ -106,12 +101,10 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all: a reader, or a crash, sees the old file or the new one, never a part.
 
     The content goes to a neighbour first, is forced to the disk, and then takes the file's name in one step.
-
-    Raises:
-        RunError: if the disk is full or fails.
-        UserError: if the place cannot be written.
+    Raises `RunError` if the disk is full or fails, `UserError` if the place cannot be written.
     """
-    content = content.encode("utf-8") if isinstance(content, str) else content
+    # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -122,7 +115,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_error(path: Path, error: OSError) -> RunError | UserError:

@@ -111,3 +111,8 @@ def test_settings_that_are_null_or_just_too_large_are_named(section, values, wor
 def test_a_seed_beyond_what_numpy_takes_is_refused():
     with pytest.raises(UserError, match="seed"):
         from_dict({"seed": 10**23}, "c.yaml")
+
+
+def test_encoder_weights_without_an_encoder_are_refused():
+    with pytest.raises(UserError, match=r"model\.encoder_weights"):
+        from_dict({"model": {"encoder_weights": "imagenet"}}, "c.yaml")

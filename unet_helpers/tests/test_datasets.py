@@ -231,3 +231,18 @@ def test_real_drive_and_its_second_observer():
         both += (truth == 1).sum() + (second == 1).sum()
         agreed += ((truth == 1) & (second == 1)).sum()
     assert 2 * agreed / both == pytest.approx(0.789, abs=5e-4)
+
+
+def test_masks_of_two_conventions_are_asked_about(tmp_path):
+    masks = {f"a{n}": np.array([[0, 1]], np.uint8) for n in range(3)}
+    masks |= {f"b{n}": np.array([[0, 255]], np.uint8) for n in range(3)}
+    with pytest.raises(UserError, match=r"b0.*data\.mask_values"):
+        find_samples(folder(tmp_path, masks).data)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_without_any_foreground_are_refused_before_training(tmp_path, value):
+    config = folder(tmp_path, {f"a{n}": np.full((20, 30), value, np.uint8) for n in range(5)})
+    config.data.mask_values = "classes"
+    with pytest.raises(UserError, match="no foreground"):
+        TrainingPatches(find_samples(config.data), config)

@@ -283,6 +283,7 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (root / "train").symlink_to(real / "train", target_is_directory=True)
     (root / "test").symlink_to(real / "test", target_is_directory=True)
     (root / "circle").symlink_to(root, target_is_directory=True)
+    (root / "train" / "again").symlink_to(root / "train" / "images", target_is_directory=True)
     assert [pair.split for pair in read_folder(root)] == ["test", "train"]
 
 

@@ -180,6 +180,11 @@ def test_predictions_do_not_go_among_the_images(trained_run, tmp_path):
     before = (tmp_path / "a_mask.png").read_bytes()
     with pytest.raises(UserError, match="another output"):
         predict(trained_run, [tmp_path / "a.png"], tmp_path, quiet=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "photos" / "a.png")
+    for truth in (tmp_path, tmp_path / "a_mask.png"):  # nor among the masks they are compared with
+        with pytest.raises(UserError, match="another output"):
+            predict(trained_run, [tmp_path / "photos"], tmp_path, truth=truth, quiet=True)
     assert (tmp_path / "a_mask.png").read_bytes() == before
 
 

@@ -115,3 +115,13 @@ def test_precision_follows_what_the_hardware_computes_in(monkeypatch):
     assert find_precision("fp16", gpu) == "fp16"
     with pytest.raises(UserError, match="fp16"):
         find_precision("fp16", torch.device("cpu"))
+
+
+def test_text_that_is_no_utf8_is_written_all_the_same(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "\udce9il1"})
+    assert "udce9il1" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_the_real_error_is_told_when_even_the_name_is_impossible(tmp_path):
+    with pytest.raises(UserError, match="too long"):
+        write_whole(tmp_path / ("a" * 300), b"")

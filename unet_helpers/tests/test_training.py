@@ -376,21 +376,20 @@ def test_a_single_value_for_batch_norm_says_what_to_raise(small_config, tmp_path
         train(small_config, tmp_path / "run", quiet=True)
 
 
-def test_a_new_run_forgets_the_state_of_a_deleted_one(small_config, tmp_path, monkeypatch):
-    train(small_config, tmp_path / "run", quiet=True)
+def test_what_is_left_of_a_run_is_neither_overwritten_nor_taken_for_a_whole_one(small_config, trained_run, tmp_path):
+    """Weights without their checkpoint cannot be resumed, and a checkpoint alone is still somebody's run."""
+    shutil.copytree(trained_run, tmp_path / "a")
+    (tmp_path / "a" / "metrics.json").unlink()
+    (tmp_path / "a" / LAST).unlink()
+    with pytest.raises(UserError, match="is gone"):
+        train(small_config, tmp_path / "a", resume=True, quiet=True)
+    assert same(tmp_path / "a" / WEIGHTS, trained_run / WEIGHTS)
+    shutil.copytree(trained_run, tmp_path / "b")
     for name in PUBLISHED:
-        (tmp_path / "run" / name).unlink()
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "save_epoch", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(small_config, seed=8), tmp_path / "run", quiet=True)
-    train(replace(small_config, seed=8), tmp_path / "run", resume=True, quiet=True)
-    train(replace(small_config, seed=8), tmp_path / "fresh", quiet=True)
-    assert same(tmp_path / "fresh" / WEIGHTS, tmp_path / "run" / WEIGHTS)
+        (tmp_path / "b" / name).unlink()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(small_config, tmp_path / "b", quiet=True)
+    assert same(tmp_path / "b" / LAST, trained_run / LAST)
 
 
 def test_a_run_without_a_gradient_scaler_resumes_with_one(small_config, tmp_path):
