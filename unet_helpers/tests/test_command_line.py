@@ -227,7 +227,9 @@ def test_the_program_itself_ends_with_these_exit_codes(tmp_path):
 def test_interrupting_a_training_says_so_and_leaves_a_run_to_resume(tmp_path):
     command = [sys.executable, "-m", "unet_helpers", "train", "--run", str(tmp_path / "run"), *SMALL]
     command += ["--training.epochs", "500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background jobs, these tests among them perhaps, are started with the signal switched off.
+    process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     started = time.monotonic()
     while not (tmp_path / "run" / "state" / "last.safetensors").exists():
         assert time.monotonic() - started < 120
