@@ -71,7 +71,8 @@ def precision(counts) -> np.ndarray:
 def mcc(counts) -> np.ndarray:
     """Matthews correlation coefficient, (tp·tn - fp·fn) / sqrt((tp+fp)(tp+fn)(tn+fp)(tn+fn)) (Matthews 1975)."""
     tp, fp, fn, tn = _split(counts)
-    return ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn)) * np.sqrt((tn + fp) * (tn + fn)))
+    value = ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn)) * np.sqrt((tn + fp) * (tn + fn)))
+    return np.clip(value, -1, 1)  # rounding may lead past the ends
 
 
 SCORES = {f.__name__: f for f in (dice, iou, accuracy, sensitivity, specificity, precision, mcc)}

@@ -115,7 +115,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # gone after `replace`; and nothing here may hide why the writing failed
             temporary.unlink()
 
 

@@ -14,8 +14,10 @@ from unet_helpers import datasets
 from unet_helpers.config import IGNORE, AugmentationConfig, Config, DataConfig, ModelConfig, UserError
 from unet_helpers.datasets import TrainingPatches, WholeImages, find_samples, load_sample
 from unet_helpers.images import field_of_view, normalise
+from unet_helpers.pairing import find_drive
 from unet_helpers.sample_data import make_retina
 
+REAL_DATA = os.environ.get("UNET_DATA_ROOT", "data")
 RNG = np.random.default_rng(0)
 SAMPLE = Config(
     seed=4,
@@ -214,13 +216,10 @@ def test_whole_images_keep_their_size_and_name(tmp_path):
             np.testing.assert_array_equal(mask, load_sample(sample)[1])
 
 
-@pytest.mark.skipif("UNET_DATA_ROOT" not in os.environ, reason="UNET_DATA_ROOT does not name a folder with DRIVE")
+@pytest.mark.skipif(not find_drive(REAL_DATA), reason="no DRIVE in data/ or the folder that UNET_DATA_ROOT names")
 def test_real_drive_and_its_second_observer():
-    config = DataConfig("drive", os.environ["UNET_DATA_ROOT"])
-    try:
-        samples = find_samples(config)
-    except UserError as error:
-        pytest.skip(str(error))
+    config = DataConfig("drive", REAL_DATA)
+    samples = find_samples(config)
     assert Counter(sample.split for sample in samples) == {"train": 16, "val": 4, "test": 20}
     first = [sample for sample in samples if sample.split == "test"]
     both = agreed = 0

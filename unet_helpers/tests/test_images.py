@@ -17,8 +17,10 @@ from unet_helpers.images import (
     read_mask_values,
     statistics_inside,
 )
+from unet_helpers.pairing import find_drive
 from unet_helpers.sample_data import make_retina
 
+REAL_DATA = os.environ.get("UNET_DATA_ROOT", "data")
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
 MASK = np.array([[0, 1, 1], [1, 0, 0]], np.uint8)
@@ -202,11 +204,10 @@ def test_pictures_without_a_round_aperture_are_all_field_of_view():
         assert field_of_view(image).all()
 
 
-@pytest.mark.skipif("UNET_DATA_ROOT" not in os.environ, reason="UNET_DATA_ROOT does not name a folder with DRIVE")
+@pytest.mark.skipif(not find_drive(REAL_DATA), reason="no DRIVE in data/ or the folder that UNET_DATA_ROOT names")
 def test_field_of_view_agrees_with_the_official_masks_of_drive():
-    paths = sorted(Path(os.environ["UNET_DATA_ROOT"]).rglob("DRIVE/*/images/*.tif"))
-    if not paths:
-        pytest.skip("no DRIVE below UNET_DATA_ROOT")
+    paths = sorted(find_drive(REAL_DATA)[0].glob("*/images/*.tif"))
+    assert len(paths) == 40
     for path in paths:
         official = read_mask_values(path.parent.parent / "mask" / f"{path.stem}_mask.gif") > 0
         view = field_of_view(read_image(path))
