@@ -128,5 +128,5 @@ def _augment(pipeline: A.Compose, image: np.ndarray, mask: np.ndarray, view: np.
     rng = np.random.default_rng(seed)
     # One stream for all steps: `set_random_seed` starts each at the same number, and both flips would fall together.
     pipeline.set_random_state(rng, random.Random(int(rng.integers(2**63))))
-    patch = pipeline(image=image, mask=mask, view=view.astype(np.uint8))
+    patch = pipeline(image=image, mask=mask, view=view.view(np.uint8))
     return patch["image"], patch["mask"], patch["view"] == 1

@@ -3,13 +3,14 @@
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from unet_helpers.config import Config, check_config
-from unet_helpers.datasets import TrainingPatches
+from unet_helpers.datasets import TrainingPatches, decode
 from unet_helpers.evaluation import samples_of
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, count_parameters
@@ -23,7 +24,8 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
 
     Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
     image that is predicted has `size` (height, width), by default DRIVE's. Returns, for the seconds of a training step,
-    of waiting for its data, and of predicting one image without and with flips, and for images per second,
+    of waiting for its data, of reading one image from its files and from memory or the cache (what lies between the
+    two is saved for every patch), and of predicting one image without and with flips, and for images per second,
     {"median", "low", "high"}, the latter the quartiles; and `data_share`, of a step's time.
     """
     check_config(config)
@@ -49,6 +51,8 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
 
     plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(3, *size, device=device)
+    decoded, longest, samples = patches.decoded, config.data.longest_side, cycle(patches.decoded.samples)
+    turns = cycle(range(len(decoded)))
     return {
         "device": describe_device(device),
         "precision": accelerator.mixed_precision,
@@ -60,6 +64,10 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
         "data_seconds": spread(waits),
         "data_share": float(waits.sum() / totals.sum()),
         "images_per_second": spread(settings.batch_size / totals),
+        "decode_seconds": spread(measure(lambda: decode(next(samples), longest), device, steps, warmup)),
+        "cached_seconds": spread(
+            measure(lambda: [np.array(part) for part in decoded[next(turns)]], device, steps, warmup)
+        ),
         "predict_seconds": spread(measure(lambda: predict_probabilities(plain, image, False), device, steps, warmup)),
         "predict_flips_seconds": spread(measure(lambda: predict_probabilities(plain, image), device, steps, warmup)),
         "peak_memory_gib": peak_memory(device),

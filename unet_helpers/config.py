@@ -27,15 +27,16 @@ class DataConfig:
     """Which images, which labels, and how they are split.
 
     Attributes:
-        name: `sample` (built-in synthetic retinas), `drive`, or `folder` (your own images and masks).
+        name: `sample` (built-in synthetic retinas), a public set, or `folder` (your own images and masks).
         root: the folder below which the data lies, at any depth; unused by `sample`.
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
         mask_values: for `folder`: what the values in mask files mean. `auto` decides once for the whole data set;
             `binary`: anything but 0 is foreground; `classes`: values are class indices and 255 is "ignore".
         group_pattern: for `folder`: regular expression for the start of a file's stem; names with the same first group
-            stay on one side of a split. The default is the stem without a `__copy` suffix; `(.{12})` is Carvana's car.
-        val_share: share of the groups kept for validation.
-        test_share: for `folder` without a test folder: share of the groups kept for testing.
+            stay on one side of a split. The default is the stem without a `__copy` suffix.
+        longest_side: larger images are reduced to it before the network sees them; scores are at native size.
+        val_share: share of the groups kept for validation; from 2 on, their number.
+        test_share: the same for testing, where the data set does not bring its own test images.
         folds: number of folds for cross-validation; 0 splits once, by `val_share`.
         fold: with `folds`: which fold validates, from 0.
         split_seed: seed of the split.
@@ -43,11 +44,12 @@ class DataConfig:
         sample_size: for `sample`: height and width of an image in pixels.
     """
 
-    name: Literal["sample", "drive", "folder"] = "sample"
+    name: Literal["sample", "drive", "rite", "carvana", "camvid", "nyuv2-13", "nyuv2-40", "folder"] = "sample"
     root: str = "data"
     labels: Literal["vessels", "artery_vein"] = "vessels"
     mask_values: Literal["auto", "binary", "classes"] = "auto"
     group_pattern: str = r"(.+?)(?:__.+)?$"
+    longest_side: int | None = None
     val_share: float = 0.2
     test_share: float = 0.2
     folds: int = 0
@@ -129,6 +131,7 @@ class TrainingConfig:
         clip_norm: largest norm of the gradient; 0 does not clip.
         ema_decay: weights are averaged over time with this decay, and the average is what is saved; 0: as they are.
         dice_weight: weight of the soft Dice loss beside the cross-entropy, whose weight is 1.
+        class_weights: weight of each class's pixels in the cross-entropy; null: 1 for all.
         precision: `auto` takes bf16 or fp16 where the device computes in it natively, fp32 elsewhere.
         device: `auto` takes CUDA, then Apple's MPS, then the CPU.
         workers: processes that prepare data beside the training; the result does not depend on it.
@@ -145,6 +148,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.99
     dice_weight: float = 0.5
+    class_weights: tuple[float, ...] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     workers: int = 0
@@ -178,7 +182,8 @@ RULES = [
     ("training.epochs training.batch_size augmentation.patch_size", lambda x: x >= 1, "at least 1"),
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("data.val_share data.test_share", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),
+    ("data.longest_side", lambda x: x >= 32, "at least 32 pixels, or null for native size"),
     ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("augmentation.brightness augmentation.contrast", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("augmentation.elastic augmentation.noise", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -214,6 +219,9 @@ def check_config(config: Config) -> None:
             need("null" in rule if value is None else is_right(value), setting, value, rule)
     folds, fold = config.data.folds, config.data.fold
     need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
+    weights, count = config.training.class_weights, max(2, config.model.num_classes)
+    right = weights is None or (len(weights) == count and min(weights) >= 0 and 0 < sum(weights) < math.inf)
+    need(right, "training.class_weights", weights, f"{count} numbers of at least 0, not all 0, or null")
     weights, ours = config.model.encoder_weights, config.model.architecture == "unet"
     need(weights is None or not ours, "model.encoder_weights", weights, "null for `unet`, which has no such encoder")
 

@@ -4,24 +4,29 @@
 `TrainingPatches`, an endless stream of augmented patches, and `WholeImages`, untouched and at native size.
 """
 
-import atexit
-import shutil
-import tempfile
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from unet_helpers import images
 from unet_helpers.augmentation import make_augmentation
+from unet_helpers.catalogue import load_nyuv2, read_public
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError
-from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_drive, read_folder
+from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_folder
 from unet_helpers.sample_data import make_retina
+from unet_helpers.system import make_folder, write_whole
 
-MEMORY_LIMIT = 2_000_000_000  # bytes of decoded training images kept in memory, and a quarter for whole images
+MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
+PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Sample:
     field_of_view: str | None  # path of a picture that is 0 outside the field of view
     group: str  # what must stay on one side of a split
     split: str  # `train`, `val` or `test`
-    meaning: images.Meaning = "binary"  # of the values in the mask file, see `images.mask_meaning`
+    meaning: images.Meaning = "binary"  # of the values in the mask file, see `images.decode_mask`
+    number: int | None = None  # of the image within a file of many
 
 
 def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
@@ -61,20 +67,22 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
         root = Path(config.root).expanduser()
         if not root.is_dir():
             raise UserError(f"{root}: no such folder: set data.root to the folder that holds the data")
-        if config.name == "drive":
-            pairs, meaning = read_drive(root, observer), "binary"
-            groups = [pair.image.stem for pair in pairs]
-        else:
+        if config.name == "folder":
             pairs, meaning = read_folder(root), config.mask_values
             groups = groups_by_name(pairs, config.group_pattern)
             if meaning == "auto":
                 meaning = _meaning_of([pair.mask for pair in pairs])
+        else:
+            pairs, groups, meaning = read_public(config.name, root, observer)
         brought = [pair.split for pair in pairs]
-        splits = brought if observer == 2 else assign_splits(groups, brought, config)
+        # CamVid's standard split has frames of one film on two sides; whoever compares with others must follow it.
+        standard = observer == 2 or (config.name == "camvid" and not config.folds)
+        splits = brought if standard else assign_splits(groups, brought, config)
         samples = []
         for pair, group, split in zip(pairs, groups, splits, strict=True):
-            name, view = "/".join([*pair.folders, pair.image.stem]), pair.field_of_view and str(pair.field_of_view)
-            samples.append(Sample(name, str(pair.image), str(pair.mask), view, group, split, meaning))
+            stem = pair.image.stem if pair.number is None else f"{pair.number:04d}"
+            name, view = "/".join([*pair.folders, stem]), pair.field_of_view and str(pair.field_of_view)
+            samples.append(Sample(name, str(pair.image), str(pair.mask), view, group, split, meaning, pair.number))
     return sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.name))
 
 
@@ -103,7 +111,11 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         _, labels, size, split, index = sample.image.split(":")
         retina = make_retina((SPLITS.index(split), int(index)), int(size))
         return retina.image, getattr(retina, labels)
-    image, values = images.read_image(sample.image), images.read_mask_values(sample.mask)
+    if sample.number is not None:
+        image, values = load_nyuv2(sample.image, sample.number)
+    else:
+        colours = isinstance(sample.meaning, dict) and max(sample.meaning) > 2**16
+        image, values = images.read_image(sample.image), images.read_mask_values(sample.mask, colours)
     _check_size(sample.mask, values, sample.image, image)
     try:
         mask = images.decode_mask(values, sample.meaning)
@@ -122,6 +134,91 @@ def _check_size(path: str, mask: np.ndarray, image_path: str, image: np.ndarray)
         raise UserError(f"{path}: has {sizes[0]} pixels, but its image {image_path} {sizes[1]}: make them of one size")
 
 
+def cache_folder() -> Path:
+    """Where decoded images of large data sets are kept; it can be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_helpers"
+
+
+def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
+    """What `Decoded` keeps of a sample."""
+    image, mask = load_sample(sample)
+    image, mask = images.shrink(image, longest_side), images.shrink(mask, longest_side, is_mask=True)
+    view = images.field_of_view(image)
+    return image, mask, view, *images.statistics_inside(image, view)
+
+
+class Decoded:
+    """The images of a data set, decoded, reduced to `config.data.longest_side` and measured, each only once.
+
+    Item n, of sample n, is image and mask as `load_sample` gives them, the estimated field of view, bool (H, W), and
+    the image's mean and deviation inside it. Sets of more than `MEMORY_LIMIT` bytes are cached below `cache_folder()`,
+    one memory-mapped file an image, and no later training decodes them again. A file is written whole or not at all
+    and remembers size and time of its sources: what an interruption left out, or a change made outdated, is made anew.
+    """
+
+    def __init__(self, samples: Sequence[Sample], config: Config) -> None:
+        self.samples, self.config, self.kept = list(samples), config, {}
+        self.folder, self.cached = cache_folder() / f"{config.data.name}-{config.data.longest_side or 'native'}", False
+        if self.samples:
+            large = len(self) * sum(array.nbytes for array in self[0]) > MEMORY_LIMIT
+            self.cached = large and not self.samples[0].image.startswith("sample:")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        if index in self.kept:
+            return self.kept[index]
+        sample = self.samples[index]
+        path, source = self.folder / f"{_digest(sample.image, sample.mask, sample.number)}.safetensors", _source(sample)
+        item = _read_cached(path, source) if self.cached else None
+        if item is None:
+            item = decode(sample, self.config.data.longest_side)
+            if self.cached:
+                make_folder(self.folder)
+                arrays = {name: np.ascontiguousarray(array) for name, array in zip(PARTS, item, strict=True)}
+                write_whole(path, save(arrays, {"source": source}))
+        if not self.cached:
+            self.kept[index] = item
+        return item
+
+    def check(self, index: int) -> tuple[np.ndarray, ...]:
+        """The item, whose mask must hold no class that `config.model` lacks, or `UserError` names the file."""
+        item, sample, num_classes = self[index], self.samples[index], self.config.model.num_classes
+        highest = int(item[1][item[1] != IGNORE].max(initial=0))
+        if highest >= max(2, num_classes):
+            raise UserError(f"{sample.mask}: holds class {highest}, so model.num_classes must exceed {highest}")
+        return item
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+
+
+def _source(sample: Sample) -> str:
+    """What changes when a sample's files, or the way they are read, change."""
+    files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
+    return _digest(1, [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files], repr(sample))
+
+
+def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
+    """Memory-mapped arrays of a cached image, None if there is none, or it is outdated or damaged."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            start = file.tell()
+        if header["__metadata__"]["source"] != source:
+            return None
+        parts = [header[name] for name in PARTS]
+        types = {"U8": np.uint8, "F32": np.float32, "BOOL": np.bool_}
+        return tuple(
+            np.memmap(path, types[part["dtype"]], "r", start + part["data_offsets"][0], tuple(part["shape"]))
+            for part in parts
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 class TrainingPatches(Dataset):
     """An endless stream of augmented patches; item n is the n-th image that training sees.
 
@@ -130,8 +227,8 @@ class TrainingPatches(Dataset):
     changes it: `DataLoader(patches, sampler=range(first, last))` goes on wherever training stopped. `len` is N.
 
     Items are (image, mask): float32 (3, P, P), normalised by the whole image's statistics inside its field of view and
-    0 outside; int64 (P, P) with 255 for "ignore". All images are decoded at once, and memory-mapped beyond
-    `MEMORY_LIMIT`. Raises `UserError` if no sample is for training, or a mask holds a class that `config.model` lacks.
+    0 outside; int64 (P, P) with 255 for "ignore". All images are decoded at once, see `Decoded`. Raises `UserError` if
+    no sample is for training, or a mask holds a class that `config.model` lacks.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
@@ -140,12 +237,10 @@ class TrainingPatches(Dataset):
             raise UserError("there is no image to train on: check data.root and the shares of the splits")
         self.names = [sample.name for sample in samples]
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
-        self.decoded, used, there = [], 0, False
-        for sample in samples:
-            arrays, statistics = _decode(sample, config.model.num_classes)
-            there |= bool(((arrays[1] != 0) & (arrays[1] != IGNORE)).any())
-            used += sum(array.nbytes for array in arrays)
-            self.decoded.append((arrays if used <= MEMORY_LIMIT else _to_files(arrays), statistics))
+        self.decoded, there = Decoded(samples, config), False
+        for index in tqdm(range(len(samples)), "reading images", unit="image", leave=False, disable=None):
+            mask = self.decoded.check(index)[1]
+            there = there or bool(((mask != 0) & (mask != IGNORE)).any())
         if not there:
             raise UserError(f"{samples[0].mask}: this and all other training masks hold no foreground: check the masks")
 
@@ -156,24 +251,22 @@ class TrainingPatches(Dataset):
         epoch, place = divmod(number, len(self))
         # To NumPy the seeds (s, e) and (s, e, 0) are the same, so the shuffling takes 0 and the images count from 1.
         index = int(np.random.default_rng((self.seed, epoch, 0)).permutation(len(self))[place])
-        arrays, statistics = self.decoded[index]
-        # Mapped, of image and mask only what the patch covers is read.
-        arrays = [np.load(array, mmap_mode="r") if isinstance(array, str) else array for array in arrays]
-        image, mask, view = self.augment(*arrays, (self.seed, epoch, 1 + index))
-        return _to_tensors(image, mask, view, statistics)
+        image, mask, view, *statistics = self.decoded[index]
+        # Of memory-mapped arrays only what the patch covers is read.
+        return _to_tensors(*self.augment(image, mask, view, (self.seed, epoch, 1 + index)), statistics)
 
 
 class WholeImages(Dataset):
-    """Images as they are, for validation and testing; items are (image, mask, name).
+    """Whole images for validation and testing; items are (image, mask, name).
 
-    float32 (3, H, W), normalised inside the field of view and 0 outside; int64 (H, W) with 255 for "ignore"; the
-    sample's name. Sizes may differ, so take them one at a time. Raises `UserError` as `TrainingPatches` does.
+    float32 (3, H, W), normalised inside the field of view and 0 outside, reduced to `config.data.longest_side`; int64
+    (H, W) with 255 for "ignore", of the same size or, if `native`, as large as the file; the sample's name. Sizes may
+    differ, so take them one at a time. Raises `UserError` as `TrainingPatches` does.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: Config) -> None:
-        self.samples, self.num_classes = list(samples), config.model.num_classes
-        self.kept: dict[int, tuple] = {}
-        self.room = MEMORY_LIMIT // 4
+    def __init__(self, samples: Sequence[Sample], config: Config, native: bool = True) -> None:
+        self.samples, self.config, self.decoded = list(samples), config, Decoded(samples, config)
+        self.native = native and config.data.longest_side is not None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -181,33 +274,11 @@ class WholeImages(Dataset):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         if number not in range(len(self)):
             raise IndexError(number)  # ends a plain `for` loop
-        arrays, statistics = self.kept.get(number) or _decode(self.samples[number], self.num_classes)
-        size = sum(array.nbytes for array in arrays)
-        if number not in self.kept and size <= self.room:
-            self.kept[number], self.room = (arrays, statistics), self.room - size
-        return *_to_tensors(*arrays, statistics), self.samples[number].name
-
-
-def _decode(sample: Sample, num_classes: int) -> tuple[list[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Image, mask and estimated field of view; and the image's mean and deviation inside it."""
-    image, mask = load_sample(sample)
-    highest = int(mask[mask != IGNORE].max(initial=0))
-    if highest >= max(2, num_classes):
-        raise UserError(f"{sample.mask}: holds class {highest}, so model.num_classes must exceed {highest}")
-    view = images.field_of_view(image)
-    return [image, mask, view], images.statistics_inside(image, view)
-
-
-def _to_files(arrays: Sequence[np.ndarray]) -> list[str]:
-    """Write arrays to files that vanish with this process; paths, so that a worker process can map them itself."""
-    folder = tempfile.mkdtemp(prefix="unet_helpers_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    paths = [f"{folder}/{number}.npy" for number in range(len(arrays))]
-    for path, array in zip(paths, arrays, strict=True):
-        np.save(path, array)
-    return paths
+        image, mask, view, *statistics = self.decoded.check(number)
+        mask = load_sample(self.samples[number])[1] if self.native else mask
+        return *_to_tensors(image, mask, view, statistics), self.samples[number].name
 
 
 def _to_tensors(image: np.ndarray, mask: np.ndarray, view: np.ndarray, statistics) -> tuple[torch.Tensor, torch.Tensor]:
-    normalised = images.normalise(image, view, statistics).transpose(2, 0, 1)
+    normalised = images.normalise(image, view, tuple(statistics)).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(normalised)), torch.from_numpy(mask.astype(np.int64))

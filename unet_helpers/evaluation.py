@@ -3,6 +3,7 @@
 The threshold comes from the run's own `metrics.json`, where training put it after looking at validation images only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,13 +14,23 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unet_helpers import metrics
+from unet_helpers.catalogue import class_names
 from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
-from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix
+from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, class_mean
 from unet_helpers.prediction import predict_logits, predict_probabilities
 from unet_helpers.runs import load_run
-from unet_helpers.scores import ONE_IMAGE, bootstrap_interval, cldice, defined_mean, dice, paired_difference, undefined
+from unet_helpers.scores import (
+    ONE_IMAGE,
+    Score,
+    bootstrap_interval,
+    cldice,
+    defined_mean,
+    dice,
+    paired_difference,
+    undefined,
+)
 from unet_helpers.system import find_device, write_json
 
 
@@ -30,7 +41,9 @@ class Evaluation:
     num_classes: int  # 1 for binary
     table: BinaryHistogram | ConfusionMatrix  # pooled over all images
     one_vs_rest: list[BinaryHistogram] = field(default_factory=list)  # several classes: of each class's probability
+    class_names: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of the images
+    groups: list[str] = field(default_factory=list)  # that they belong to
     image_counts: list[np.ndarray] = field(default_factory=list)  # tp, fp, fn, tn: (4,), several classes (K, 4)
     skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
 
@@ -40,12 +53,18 @@ class Evaluation:
         return counts if self.num_classes == 1 else counts[None]
 
 
+def predictions(model: nn.Module, images: Dataset, device: torch.device, flips: bool) -> Iterator[tuple]:
+    """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`."""
+    for index in range(len(images)):
+        image, mask, name = images[index]
+        yield predict_probabilities(model, image.to(device), flips, size=mask.shape), mask.to(device), name
+
+
 def choose_threshold(model: nn.Module, images: Dataset, device: torch.device) -> float:
     """The threshold with the highest pooled Dice on (validation) images, flips averaged; see `score_images`."""
     histogram = BinaryHistogram(device)
-    for index in range(len(images)):
-        image, mask, _ = images[index]
-        histogram.update(predict_probabilities(model, image.to(device))[None], mask[None].to(device))
+    for probability, mask, _ in predictions(model, images, device, flips=True):
+        histogram.update(probability, mask)
     return histogram.best_threshold()
 
 
@@ -62,13 +81,12 @@ def score_images(
     The model is on `device`, in evaluation mode; `threshold` is unused for several classes.
     """
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
-    result = Evaluation(num_classes, table)
+    groups = [sample.group for sample in images.samples]
+    result = Evaluation(num_classes, table, class_names=class_names(images.config.data, num_classes), groups=groups)
     if num_classes > 1:
         result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)]
-    for index in range(len(images)):
-        image, mask, name = images[index]
-        mask = mask[None].to(device)
-        probability = predict_probabilities(model, image.to(device), flips)[None]
+    for probability, mask, name in predictions(model, images, device, flips):
+        probability, mask = probability[None], mask[None]
         result.names.append(name)
         if num_classes == 1:
             table.update(probability, mask)
@@ -97,8 +115,16 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         scores["cldice"] = float("nan")
         score = mean_dice
     reasons = undefined(scores)
+    several = {}
     if result.num_classes > 1:
         reasons["cldice"] = "defined for binary masks only"
+        absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
+        several = {
+            "classes": result.class_names,
+            "absent": absent,  # from the truth, and therefore left out of the means
+            "per_class": scores["per_class"],
+            "confusion": result.table.table.tolist(),
+        }
     elif len(counts) == 1:
         reasons["dice_ci95"] = ONE_IMAGE
     per_image = score(counts)
@@ -112,14 +138,21 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         "tta": flips,
         "n_images": len(counts),
         "n_pixels": scores["total"],
-        **({"per_class": scores["per_class"]} if result.num_classes > 1 else {}),
+        **several,
+        "per_group_dice": _by_group(result.groups, counts, score),
         "undefined": reasons,
     }
 
 
 def mean_dice(counts: np.ndarray) -> np.ndarray:
-    """Mean of the classes' Dice, (..., K, 4) -> (...); classes for which it is undefined are left out."""
-    return defined_mean(dice(counts))
+    """Mean of the classes' Dice, (..., K, 4) -> (...); classes that the truth does not hold are left out."""
+    return class_mean(dice, counts)
+
+
+def _by_group(groups: list[str], counts: np.ndarray, score: Score) -> dict[str, float]:
+    """The score of each group's pooled counts; empty where every image is a group of its own."""
+    names = sorted(set(groups)) if len(set(groups)) < len(groups) else []
+    return {name: float(score(counts[np.array(groups) == name].sum(0))) for name in names}
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from unet_helpers.config import IGNORE, UserError, one_line
 
-Meaning = Literal["binary", "classes"]
+Meaning = Literal["binary", "classes"] | dict[int, int]  # or which class each value is
 Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of each channel
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
 
@@ -85,20 +85,22 @@ def _stretch(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(scaled[..., None], (*scaled.shape, 3)) if scaled.ndim == 2 else scaled)
 
 
-def read_mask_values(path: str | Path) -> np.ndarray:
-    """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored.
+def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
+    """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored; with `colours`, uint32 0xRRGGBB.
 
     Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
     Dice .226 instead of .789). Only a GIF in pure black and white gives 0 and 255, because programs number the colours
     of a GIF as they please: in an all-white one, white is 0. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives
     one channel. `UserError` for a GIF whose several greys were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a
-    JPEG, whose compression invents values, and a picture in true colours.
+    JPEG, whose compression invents values, and, without `colours`, a picture in true colours.
     """
     picture = _open(path)
     with Image.open(path) as file:
         form = file.format
     if form in ("JPEG", "MPO", "JPEG2000"):
         raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
+    if colours:
+        return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     if picture.mode == "1":
         return np.array(picture, dtype=np.uint8)
     values = np.array(picture)
@@ -150,13 +152,34 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
 def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
 
-    With `binary` everything but 0 is foreground, 1; with `classes` the values stay as they are.
+    With `binary` everything but 0 is foreground, 1; with `classes` the values stay as they are; a dictionary gives the
+    class of each value, and any other value raises `UserError`.
     """
+    if isinstance(meaning, dict):
+        known, classes = np.array(sorted(meaning.items())).T
+        place = np.searchsorted(known, values).clip(max=len(known) - 1)
+        if (wrong := values[known[place] != values]).size:
+            value = f"the colour #{wrong[0]:06x}" if known[-1] > 2**16 else f"the label {wrong[0]}"
+            raise UserError(f"holds {value}, which is none of this data set: get the file again")
+        return classes[place].astype(np.uint8)
     if meaning == "binary":
         return (values != 0).astype(np.uint8)
     if values.max(initial=0) > IGNORE:
         raise UserError(f"mask value {values.max()} is too large: class indices go from 0 to 254, and 255 means ignore")
     return values.astype(np.uint8)
+
+
+def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -> np.ndarray:
+    """Reduce an image (H, W, 3), or a mask (H, W), so that no side is longer; smaller ones, and for None all, stay.
+
+    An image's pixels become means of the area they cover, a mask's are the nearest ones.
+    """
+    height, width = array.shape[:2]
+    if longest_side is None or max(height, width) <= longest_side:
+        return array
+    factor = longest_side / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return cv2.resize(array, size, interpolation=cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA)
 
 
 def field_of_view(image: np.ndarray) -> np.ndarray:

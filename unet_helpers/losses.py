@@ -7,7 +7,7 @@ whole batch would.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,20 @@ class SegmentationLoss(nn.Module):
     everywhere and ready to be logged, and whose gradient is g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of
     one process with the whole batch.
 
+    With `class_weights`, a number for each class (binary: background, foreground), the cross-entropy is the weighted
+    mean over valid pixels, each with the weight of its true class, as in torch's `cross_entropy`.
+
     Labels are checked against num_classes on the CPU only, since looking at values would make a GPU wait at every step;
     `check_labels` checks a data set once, before training.
     """
 
-    def __init__(self, num_classes: int, dice_weight: float = 0.5, cross_entropy_weight: float = 1.0):
+    def __init__(
+        self,
+        num_classes: int,
+        dice_weight: float = 0.5,
+        cross_entropy_weight: float = 1.0,
+        class_weights: Sequence[float] | None = None,
+    ):
         """Raises `UserError` for num_classes outside 1..255 and for weights that are negative or both 0."""
         super().__init__()
         need(1 <= num_classes <= IGNORE, "num_classes", num_classes, f"1 (binary) to {IGNORE}, which means ignore")
@@ -100,6 +109,7 @@ class SegmentationLoss(nn.Module):
         good = all(0 <= weight < math.inf for weight in weights) and any(weights)
         need(good, "(dice_weight, cross_entropy_weight)", weights, "two numbers of at least 0, not both 0")
         self.num_classes, self.dice_weight, self.cross_entropy_weight = num_classes, dice_weight, cross_entropy_weight
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The loss of the batch; with `reduce`, of the batches of all processes together.
@@ -124,11 +134,15 @@ class SegmentationLoss(nn.Module):
         """All that the loss needs of a batch, as sums over valid pixels; add them up over batches or processes.
 
         Returns:
-            (2 + 3K,) float32: number of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
+            (2 + 3K,) float32: number of pixels (or their weights), Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
         """
         z, truth, valid = _prepare(logits, target, self.num_classes)
         terms = _binary_terms(z, truth) if self.num_classes == 1 else _multiclass_terms(z, truth)
-        pixels = torch.stack([valid.sum().to(z.dtype), (terms * valid).sum()])
+        weight = valid.to(z.dtype)
+        if self.class_weights is not None:
+            label = target.masked_fill(target == IGNORE, 0)[:, None]
+            weight = weight * self.class_weights.to(z.device, z.dtype)[label]
+        pixels = torch.stack([weight.sum(), (terms * weight).sum()])
         return torch.cat([pixels, *_dice_sums(z, truth, valid)])
 
     def from_sums(self, sums: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unet_helpers.config import IGNORE, UserError
 from unet_helpers.losses import check_labels
-from unet_helpers.scores import SCORES, defined_mean, dice, ratio, scores
+from unet_helpers.scores import SCORES, Score, defined_mean, dice, ratio, scores
 
 LEVELS = 65536  # of a 16-bit probability
 
@@ -147,7 +147,7 @@ class ConfusionMatrix(_Tally):
         """Means over the classes, the overall accuracy and MCC, and every class by itself.
 
         Returns:
-            `dice`, `iou`, `sensitivity`, `specificity`, `precision`: mean over the classes for which they are defined;
+            `dice`, `iou`, `sensitivity`, `specificity`, `precision`: `class_mean`;
             `accuracy` = `correct` / `total` pixels; `mcc`: Gorodkin's R_K (2004), as in scikit-learn;
             `per_class`: {"dice": [K values, NaN where undefined], ...}.
         """
@@ -155,9 +155,18 @@ class ConfusionMatrix(_Tally):
         per_class = {name: score(counts).tolist() for name, score in SCORES.items()}
         correct, total, true, said = table.trace(), table.sum(), table.sum(1), table.sum(0)
         spread = np.sqrt(total**2 - (true**2).sum()) * np.sqrt(total**2 - (said**2).sum())
-        means = {name: float(defined_mean(values)) for name, values in per_class.items()}
+        means = {name: float(class_mean(score, counts)) for name, score in SCORES.items()}
         means |= {"accuracy": float(ratio(correct, total)), "mcc": float(ratio(correct * total - true @ said, spread))}
         return means | {"correct": int(correct), "total": int(total), "per_class": per_class}
+
+
+def class_mean(score: Score, counts) -> np.ndarray:
+    """Mean of a score over the classes, (..., K, 4) -> (...), of those that the truth holds and it is defined for.
+
+    A class that does not occur has no IoU: it would be 0 or nothing depending on one wrong pixel.
+    """
+    tp, _, fn, _ = np.moveaxis(np.asarray(counts), -1, 0)
+    return defined_mean(np.where(tp + fn > 0, score(counts), np.nan))
 
 
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:

@@ -9,7 +9,6 @@ A split by picture would put near-copies of the training images into the test se
 Groups are sorted before they are drawn: neither the order of files nor the machine changes a split, only the seed does.
 """
 
-import glob
 import os
 import re
 from collections import Counter
@@ -29,18 +28,19 @@ IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
 NOTHING = "$^"  # matches no word
-HOW_TO_GET_DRIVE = "let `python -m unet_helpers prepare drive` fetch it, or download "
-HOW_TO_GET_DRIVE += "https://www.kaggle.com/datasets/zionfuo/drive2004 and unpack it there"
 
 
 class Pair(NamedTuple):
-    """An image, its mask, the split that its folder names ("" if none), other folders it lies in, its field of view."""
+    """An image, its mask, the split that its folder names ("" if none), other folders it lies in, its field of view,
+    and its number within a file of many images.
+    """
 
     image: Path
     mask: Path
     split: str
     folders: tuple[str, ...] = ()
     field_of_view: Path | None = None
+    number: int | None = None
 
 
 # ---- image and mask
@@ -133,45 +133,6 @@ def _tokens(path: Path, words: str) -> tuple[str, ...]:
     return tuple(token for token in tokens if token)
 
 
-def find_drive(root: Path | str) -> list[Path]:
-    """Folders at any depth below `root` that hold DRIVE's `training` and `test`, the least deep first."""
-    found = glob.iglob("**/1st_manual", root_dir=root, recursive=True)  # unlike `rglob` it follows links
-    return sorted({Path(root, path).parent.parent for path in found}, key=lambda path: (len(path.parts), path))
-
-
-def read_drive(root: Path, observer: int = 1) -> list[Pair]:
-    """Find DRIVE's official layout at any depth below `root`: `{training,test}/{images,1st_manual,mask}`.
-
-    The second observer (`test/2nd_manual`) drew the test images only. Raises `UserError` for anything missing.
-    """
-    homes = find_drive(root)
-    if not homes:
-        raise UserError(f"{root}: no DRIVE below it (no folder training/1st_manual): {HOW_TO_GET_DRIVE}")
-    if len(homes) > 1 and len(homes[1].parts) == len(homes[0].parts):
-        raise UserError(f"{root}: DRIVE lies there twice, {homes[0]} and {homes[1]}: set data.root to one of them")
-    pairs = []
-    for folder, split in (("training", "train"), ("test", "test"))[observer - 1 :]:
-        parts = [homes[0] / folder / part for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")]
-        images, *others = map(_by_number, parts)
-        for part, other in zip(parts[1:], others, strict=True):
-            if wrong := sorted(images.keys() ^ other.keys()):
-                lonely, place = (images[wrong[0]], part) if wrong[0] in images else (other[wrong[0]], parts[0])
-                raise UserError(f"{lonely}: no file of this number in {place}: unpack DRIVE again, all of it")
-        pairs += [Pair(images[key], others[0][key], split, field_of_view=others[1][key]) for key in images]
-    return pairs
-
-
-def _by_number(folder: Path) -> dict[str, Path]:
-    """Files of a DRIVE folder by the number their names begin with."""
-    files: dict[str, Path] = {}
-    for path in list_images(folder):
-        number = re.match(r"\d*", path.name).group()
-        if not number or number in files:
-            raise UserError(f"{path}: no file of DRIVE, whose names begin with a number, each with another: remove it")
-        files[number] = path
-    return files
-
-
 # ---- groups
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     """The group of each image: what `data.group_pattern` finds in the stem of its name.
@@ -204,13 +165,17 @@ def _shuffled(groups: Sequence[str], seed: int) -> list[str]:
 def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
     """The split of each picture, from the group of each, so that no group is on two sides.
 
-    `shares` says which share of the groups (0 to 1) goes to `val` and `test`, at least one group if it is above 0; the
-    rest goes to `train`. Raises `UserError` if there are fewer groups than splits, or nothing is left to train on.
+    `shares` says which share of the groups (below 1), or how many of them (2 or more), goes to `val` and `test`, at
+    least one if it is above 0; the rest goes to `train`. Raises `UserError` if nothing is left to train on.
     """
-    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+    if min(shares.values()) < 0 or sum(share for share in shares.values() if share < 1) >= 1:
         raise UserError(f"data.val_share and data.test_share must be at least 0, together below 1, not {dict(shares)}")
     order = _shuffled(groups, seed)
-    counts = {name: max(1, round(len(order) * share)) for name, share in shares.items() if share > 0}
+    counts = {
+        name: int(share) if share >= 1 else max(1, round(len(order) * share))
+        for name, share in shares.items()
+        if share > 0
+    }
     if len(order) <= sum(counts.values()):
         remedy = "add pictures, lower the shares, or let data.group_pattern make more groups"
         raise UserError(f"{len(order)} group(s) are too few for the splits train, {', '.join(counts)}: {remedy}")

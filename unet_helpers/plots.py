@@ -1,19 +1,23 @@
 """Pictures of training and of predictions. Colours stay apart for colour-blind readers."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from unet_helpers.config import IGNORE
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # Okabe and Ito's colour-blind safe palette
-CLASS_COLOURS = np.array([
-    (0, 0, 0), (213, 94, 0), (0, 114, 178), (0, 158, 115),
-    (240, 228, 66), (204, 121, 167), (86, 180, 233), (230, 159, 0),
-], dtype=np.uint8)  # fmt: skip
+FEW_COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#E69F00")  # theirs, too
+MANY_COLOURS = (  # Paul Tol's discrete rainbow, safe for colour-blind readers, in an order that keeps neighbours apart
+    "#7BAFDE", "#882E72", "#F7F056", "#D1BBD7", "#DC050C", "#4EB265", "#E8601C",
+    "#1965B0", "#F6C141", "#AE76A3", "#CAE0AB", "#5289C7", "#F1932D", "#90C987",
+)  # fmt: skip
 
 
 def plot_history(history: list[dict], title: str = "") -> Figure:
@@ -66,11 +70,38 @@ def error_map(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return picture
 
 
-def colour_classes(classes: np.ndarray) -> np.ndarray:
-    """Class indices (H, W) as an RGB picture uint8 (H, W, 3); 255 is grey, colours repeat after eight classes."""
-    picture = CLASS_COLOURS[classes % len(CLASS_COLOURS)]
-    picture[classes == IGNORE] = 128
-    return picture
+def class_colours(num_classes: int) -> np.ndarray:
+    """A colour for each class, uint8 (K, 3): of up to 8, class 0 black; beyond 14 they come again, darker."""
+    colours = FEW_COLOURS if num_classes <= len(FEW_COLOURS) else MANY_COLOURS
+    rounds, place = np.divmod(np.arange(num_classes), len(colours))
+    return (255 * to_rgba_array(colours)[place, :3] * 0.65 ** rounds[:, None]).round().astype(np.uint8)
+
+
+def colour_classes(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Class indices (H, W) below `num_classes`, or 255, as an RGB picture uint8 (H, W, 3); 255 is grey."""
+    colours = np.full((256, 3), 128, np.uint8)
+    colours[:num_classes] = class_colours(num_classes)
+    return colours[classes]
+
+
+def class_handles(names: Sequence[str]) -> list[Patch]:
+    """What `legend(handles=...)` needs to explain the colours of a `colour_classes` picture."""
+    colours = class_colours(len(names)) / 255
+    return [Patch(facecolor=colour, edgecolor=GREY, label=name) for colour, name in zip(colours, names, strict=True)]
+
+
+def plot_confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """A confusion matrix, pixels of true class (row) and predicted class (column), as shares of each row."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # a second, which only this should cost
+
+    side = 2.5 + 0.5 * len(names)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes, counts = figure.subplots(), np.asarray(table, dtype=float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    matrix = ConfusionMatrixDisplay(shares, display_labels=names)
+    matrix.plot(ax=axes, cmap="cividis", values_format=".2f", xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1})
+    axes.set(xlabel="predicted", ylabel="truth")
+    return figure
 
 
 def animate(frames: list[np.ndarray], seconds: float = 1.0) -> bytes:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
+from unet_helpers.catalogue import class_names
 from unet_helpers.config import UserError
-from unet_helpers.images import decode_mask, list_images, mask_meaning, normalise, read_image, read_mask_values
+from unet_helpers.images import decode_mask, list_images, mask_meaning, normalise, read_image, read_mask_values, shrink
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
-from unet_helpers.plots import animate, colour_classes, error_map, to_png
+from unet_helpers.plots import animate, class_handles, colour_classes, error_map, to_png
 from unet_helpers.runs import Run, load_run
 from unet_helpers.system import find_device, make_folder, write_whole
 
@@ -25,14 +28,17 @@ TILE = 1536  # images with a longer side are predicted tile by tile, which bound
 
 
 @torch.inference_mode()
-def predict_probabilities(model: nn.Module, image: Tensor, flips: bool = True, tile: int = TILE) -> Tensor:
-    """Probabilities at the image's own size, whatever that size is; outside the field of view background is certain.
+def predict_probabilities(
+    model: nn.Module, image: Tensor, flips: bool = True, tile: int = TILE, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Probabilities for an image of any size; outside the field of view background is certain.
 
     Args:
         model: a network in evaluation mode.
         image: float32 (C, H, W), normalised as in training, on the model's device.
         flips: average over the image and its three mirror images (test-time augmentation).
         tile: longest side in pixels that goes through the network at once.
+        size: height and width of the result, interpolated linearly; the image's own by default.
 
     Returns:
         float32 (H, W) for a binary network (sigmoid), else (K, H, W) (softmax, adds up to 1).
@@ -47,7 +53,11 @@ def predict_probabilities(model: nn.Module, image: Tensor, flips: bool = True, t
     probability[..., outside] = 0
     if probability.ndim == 3:
         probability[0, outside] = 1
-    return probability
+    if size is None or tuple(size) == tuple(image.shape[-2:]):
+        return probability
+    channels = probability.reshape(1, -1, *image.shape[-2:])
+    larger = functional.interpolate(channels, tuple(size), mode="bilinear").clamp(0, 1)
+    return larger[0] if probability.ndim == 3 else larger[0, 0]
 
 
 def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor:
@@ -112,7 +122,8 @@ def predict(
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
     A binary mask holds 0 and 255. With several classes it holds class indices, `<stem>_color.png` shows them in
-    colours, and the probability is that of the class chosen. Images are averaged over flips as in `evaluate`.
+    colours, which `legend.png` explains, and the probability is that of the class chosen. Images are averaged over
+    flips as in `evaluate`.
 
     Args:
         run: folder of a trained network.
@@ -142,10 +153,15 @@ def predict(
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
     model = opened.model.to(target, memory_format=torch.channels_last)
-    written = []
+    written, config = [], opened.config
+    if config.model.num_classes > 1:
+        names = class_names(config.data, config.model.num_classes)
+        legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
+        legend.legend(handles=class_handles(names), loc="center", frameon=False)
+        write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
-        probability = predict_image(model, image, target, flips).cpu()
+        probability = predict_image(model, image, target, flips, config.data.longest_side).cpu()
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
@@ -157,10 +173,15 @@ def predict(
     return written
 
 
-def predict_image(model: nn.Module, image: np.ndarray, device: torch.device, flips: bool = True) -> Tensor:
-    """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it: (H, W, 3)."""
-    normalised = torch.from_numpy(normalise(image)).permute(2, 0, 1)
-    return predict_probabilities(model, normalised.to(device), flips)
+def predict_image(
+    model: nn.Module, image: np.ndarray, device: torch.device, flips: bool = True, longest_side: int | None = None
+) -> Tensor:
+    """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it, (H, W, 3), at its own size.
+
+    `longest_side` is that of the run's `config.data`, to which training images were reduced.
+    """
+    normalised = torch.from_numpy(normalise(shrink(image, longest_side))).permute(2, 0, 1)
+    return predict_probabilities(model, normalised.to(device), flips, size=image.shape[:2])
 
 
 def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:
@@ -172,7 +193,7 @@ def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]
     else:
         best, chosen = probability.max(0)
         levels, classes = quantise(best).numpy(), chosen.numpy().astype(np.uint8)
-        files = {"_mask.png": to_png(classes), "_color.png": to_png(colour_classes(classes))}
+        files = {"_mask.png": to_png(classes), "_color.png": to_png(colour_classes(classes, len(probability)))}
     return classes, files | {"_probability.png": to_png(levels.astype(np.uint16))}
 
 
@@ -180,7 +201,8 @@ def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[
     """Image, probability and mask as pictures uint8 (H, W, 3)."""
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
     strength = (probability if probability.ndim == 2 else probability.amax(0)).numpy()
-    mask = colour_classes(classes) if probability.ndim == 3 else np.stack([classes * 255] * 3, -1)
+    several = probability.ndim == 3
+    mask = colour_classes(classes, len(probability)) if several else np.stack([classes * 255] * 3, -1)
     return [photo, np.stack([(strength * 255).round().astype(np.uint8)] * 3, -1), mask]
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
-from unet_helpers.pairing import HOW_TO_GET_DRIVE, SPLITS, find_drive
+from unet_helpers.pairing import SPLITS
 from unet_helpers.system import make_folder, write_error, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
@@ -48,13 +50,15 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     root, output = Path(config.root).expanduser(), Path(output)
     if config.name == "drive" and download and not find_drive(root):
         _download_drive(root)
+    if config.name not in ("sample", "folder", "drive") and not root.is_dir():
+        raise missing(config.name.split("-")[0], root, "no such folder")
     samples = find_samples(config)
     counts = Counter(sample.split for sample in samples)
     if config.name == "drive" and (counts["train"] + counts["val"], counts["test"]) != (20, 20):
         found = f"{counts['train'] + counts['val']} training and {counts['test']} test images"
         raise UserError(f"{root}: {found}, but DRIVE has 20 of each: unpack all of it, or use data.name=folder")
-    pixels, sizes, digests, notes = np.zeros(256, np.int64), Counter(), {}, []
-    for sample in samples:
+    pixels, sizes, digests, notes = np.zeros(256, np.int64), Counter(), {}, _notes(config, samples)
+    for sample in tqdm(samples, "checking images", unit="image", leave=False, disable=None):
         image, mask = load_sample(sample)
         pixels += np.bincount(mask.ravel(), minlength=256)
         sizes["×".join(map(str, mask.shape[::-1]))] += 1
@@ -70,20 +74,42 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
 
 
 def _describe(config: DataConfig, samples: Sequence[Sample], pixels: np.ndarray, sizes: Counter) -> list[str]:
-    scored = max(1, pixels[:IGNORE].sum())
-    shares = [f"class {value} {pixels[value] / scored:.1%}" for value in np.flatnonzero(pixels[:IGNORE])]
+    scored, found = max(1, pixels[:IGNORE].sum()), np.flatnonzero(pixels[:IGNORE])
+    names = class_names(config, 1 + int(found.max(initial=0)))
+    shares = [f"{names[value]} {pixels[value] / scored:.1%}" for value in found]
+    meaning = samples[0].meaning
+    if isinstance(meaning, dict):
+        form = "colours" if max(meaning) > 2**16 else "labels"
+        void = ", ".join(f"#{v:06x}" if form == "colours" else str(v) for v, k in meaning.items() if k == IGNORE)
+        meaning = f"{len(set(meaning.values()) - {IGNORE})} classes from the set's own {form}; {void} ignored"
+    else:
+        meaning = f"{meaning} ({MEANINGS[meaning]})"
     common = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(3))
     overrule = "; data.mask_values overrules it" if config.name == "folder" else ""
     lines = [
         f"{config.name}: {len(samples)} images with masks, all readable and of matching size",
         f"sizes (width×height): {common}{', ...' if len(sizes) > 3 else ''}",
-        f"mask values: {samples[0].meaning} ({MEANINGS[samples[0].meaning]}){overrule}",
+        f"mask values: {meaning}{overrule}",
         f"pixels: {', '.join(shares)}; ignored {pixels[IGNORE] / pixels.sum():.1%} of all",
     ]
     for split in SPLITS:
         groups = [sample.group for sample in samples if sample.split == split]
         lines.append(f"{split}: {len(groups)} images in {len(set(groups))} groups")
     return lines
+
+
+def _notes(config: DataConfig, samples: Sequence[Sample]) -> list[str]:
+    """What is particular about a public data set, or missing from it."""
+    whole = {"carvana": 5088, "camvid": 701, "nyuv2-13": 1449, "nyuv2-40": 1449}.get(config.name, len(samples))
+    notes = [f"note: these are {len(samples)} of the {whole} images of the set"] if len(samples) < whole else []
+    sides = {}
+    for sample in samples:
+        sides.setdefault(sample.group, set()).add(sample.split)
+    if torn := sorted(group for group, splits in sides.items() if len(splits) > 1):
+        notes.append(f"note: the standard split has frames of one film, {', '.join(torn)}, on several sides")
+    if config.name == "rite":
+        notes.append("note: the labels of the test images follow DRIVE's second observer, not the first")
+    return notes
 
 
 def _list(samples: Sequence[Sample]) -> str:
@@ -108,7 +134,7 @@ def _download_drive(root: Path) -> None:
         os.replace(part, target)
     except Exception as error:  # no network, no space, no permission, and whatever kagglehub raises
         reason = one_line(error)[:200]
-        raise UserError(f"DRIVE could not be downloaded to {root} ({reason}): {HOW_TO_GET_DRIVE}") from error
+        raise UserError(f"DRIVE could not be downloaded to {root} ({reason}): {HOW_TO_GET['drive']}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

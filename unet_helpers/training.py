@@ -60,7 +60,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         raise UserError(f"training.batch_size is {settings.batch_size}: {processes} processes cannot share it evenly.")
     num_classes = config.model.num_classes
     patches = TrainingPatches(samples_of(config, "train"), config)
-    validation = WholeImages(samples_of(config, "val"), config)
+    validation = WholeImages(samples_of(config, "val"), config, native=False)
     for index in range(len(validation)):
         validation[index]  # a file that cannot be used is found now, and not after the first epoch
 
@@ -72,7 +72,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
     )
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
-    loss_function = SegmentationLoss(num_classes, settings.dice_weight)
+    loss_function = SegmentationLoss(num_classes, settings.dice_weight, class_weights=settings.class_weights)
     if main:
         new_run(run, config, resume)
     accelerator.wait_for_everyone()
@@ -144,8 +144,9 @@ def finish(
     if accelerator.is_main_process:
         network, num_classes, device = load_network(run, config), config.model.num_classes, accelerator.device
         network = network.to(device, memory_format=torch.channels_last)
-        threshold = choose_threshold(network, validation, device) if num_classes == 1 else None
-        result = score_images(network, validation, num_classes, device, threshold)
+        native = WholeImages(validation.samples, config)
+        threshold = choose_threshold(network, native, device) if num_classes == 1 else None
+        result = score_images(network, native, num_classes, device, threshold)
         metrics = {
             "threshold": threshold,
             "best_epoch": progress.best_epoch,

