@@ -159,9 +159,9 @@ class Decoded:
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
         self.samples, self.config, self.kept = list(samples), config, {}
         self.folder, self.cached = cache_folder() / f"{config.data.name}-{config.data.longest_side or 'native'}", False
-        if self.samples:
-            large = len(self) * sum(array.nbytes for array in self[0]) > MEMORY_LIMIT
-            self.cached = large and not self.samples[0].image.startswith("sample:")
+        if self.samples and not self.samples[0].image.startswith("sample:"):
+            first = _read_cached(*self._place(0)) or decode(self.samples[0], config.data.longest_side)
+            self.cached = len(self) * sum(array.nbytes for array in first) > MEMORY_LIMIT
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -169,11 +169,10 @@ class Decoded:
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         if index in self.kept:
             return self.kept[index]
-        sample = self.samples[index]
-        path, source = self.folder / f"{_digest(sample.image, sample.mask, sample.number)}.safetensors", _source(sample)
+        path, source = self._place(index)
         item = _read_cached(path, source) if self.cached else None
         if item is None:
-            item = decode(sample, self.config.data.longest_side)
+            item = decode(self.samples[index], self.config.data.longest_side)
             if self.cached:
                 make_folder(self.folder)
                 arrays = {name: np.ascontiguousarray(array) for name, array in zip(PARTS, item, strict=True)}
@@ -181,6 +180,14 @@ class Decoded:
         if not self.cached:
             self.kept[index] = item
         return item
+
+    def _place(self, index: int) -> tuple[Path, str]:
+        """The cached file of an image, and what it remembers: this changes when the image's own files do."""
+        sample = self.samples[index]
+        files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
+        states = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
+        name = _digest(os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number)
+        return self.folder / f"{name}.safetensors", _digest(states, repr(sample))
 
     def check(self, index: int) -> tuple[np.ndarray, ...]:
         """The item, whose mask must hold no class that `config.model` lacks, or `UserError` names the file."""
@@ -195,17 +202,11 @@ def _digest(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
-def _source(sample: Sample) -> str:
-    """What changes when a sample's files, or the way they are read, change."""
-    files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
-    return _digest(1, [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files], repr(sample))
-
-
 def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
     """Memory-mapped arrays of a cached image, None if there is none, or it is outdated or damaged."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 9999)))
             start = file.tell()
         if header["__metadata__"]["source"] != source:
             return None

@@ -31,6 +31,18 @@ def trained_run(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def three_classes(tmp_path_factory) -> Path:
+    """A finished run that tells arteries from veins, trained until it finds all three classes; not to be changed."""
+    config, run = make_small_config(), tmp_path_factory.mktemp("runs") / "three"
+    config.data.labels, config.model.num_classes = "artery_vein", 3
+    config.training.epochs, config.training.steps_per_epoch, config.training.ema_decay = 2, 20, 0.8
+    config.training.learning_rate, config.training.class_weights = 1e-2, (1.0, 12.0, 6.0)
+    config.training.dice_weight = 0.0
+    train(config, run, quiet=True)
+    return run
+
+
 @pytest.fixture(autouse=True, scope="session")
 def few_threads():
     """Tiny tensors are slower on many threads, and reproducibility is promised for equal numbers of them."""

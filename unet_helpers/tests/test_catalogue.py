@@ -2,6 +2,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -24,6 +26,9 @@ from unet_helpers.catalogue import (
 )
 from unet_helpers.config import IGNORE, DataConfig, UserError
 from unet_helpers.datasets import find_samples, load_sample
+from unet_helpers.evaluation import evaluate
+from unet_helpers.prepare import prepare
+from unet_helpers.training import train
 
 REAL_DATA = Path(os.environ.get("UNET_DATA_ROOT", "data"))
 RNG = np.random.default_rng(0)
@@ -252,7 +257,8 @@ def nyuv2(path: Path, count: int = 8, height: int = 12, width: int = 20) -> tupl
         file["labels"] = labels.transpose(0, 2, 1)
         scenes = file.create_dataset("scenes", (1, count), dtype=h5py.ref_dtype)
         for number in range(count):
-            text = np.array([[ord(letter)] for letter in f"kitchen_{number // 2:04d}"], np.uint16)
+            room = f"kitchen_{number // 2}{'train' if number + 1 in nyuv2_table()['train'] else 'test'}"
+            text = np.array([[ord(letter)] for letter in room], np.uint16)
             scenes[0, number] = file.create_dataset(f"#refs#/{number}", data=text).ref
     return images, labels
 
@@ -346,3 +352,57 @@ def test_names_of_classes():
     assert class_names(DataConfig("camvid"), 12)[11] == "class 11"
     assert class_names(DataConfig("nyuv2-40"), 40)[:2] == ["wall", "floor"]
     assert class_names(DataConfig("nyuv2-13"), 13)[0] == "bed"
+
+
+def test_nyuv2_trains_evaluates_and_is_prepared_end_to_end(tmp_path, small_config):
+    nyuv2(tmp_path / "nyu_depth_v2_labeled.mat", count=16, height=24, width=32)
+    small_config.data = DataConfig("nyuv2-13", str(tmp_path), val_share=0.3)
+    small_config.model.num_classes = 13
+    train(small_config, tmp_path / "run", quiet=True)
+    scores = evaluate(tmp_path / "run")
+    assert scores["n_images"] == 6  # 1, 2, 9, 14, 15 and 16 of the first 16
+    assert scores["classes"] == nyuv2_table()["names_13"]
+    assert "these are 16 of the 1449 images" in prepare(small_config.data, tmp_path)
+    small_config.model.num_classes = 12
+    with pytest.raises(UserError, match=r"labeled\.mat.*num_classes must exceed 12"):
+        train(small_config, tmp_path / "other", quiet=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sparse files and peak memory as Linux has them")
+def test_nyuv2_is_read_image_by_image(tmp_path):
+    """A sparse file with the official shapes; what reading adds to the memory of the imported program."""
+    path = tmp_path / "nyu_depth_v2_labeled.mat"
+    with h5py.File(path, "w") as file:
+        for name, channels, kind in (("images", (3,), "u1"), ("labels", (), "u2"), ("depths", (), "f4")):
+            shape = (1449, *channels, 640, 480)
+            layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            space = h5py.h5s.create_simple(shape)
+            h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(kind)), space, dcpl=layout)
+        file["images"][700], file["labels"][700] = 7, 894
+        scenes = file.create_dataset("scenes", (1, 1449), dtype=h5py.ref_dtype)
+        for number in range(1449):
+            scenes[0, number] = file.create_dataset(f"#refs#/{number}", data=[[number + 1]], dtype="u2").ref
+    assert path.stat().st_size > 3e9
+    program = f"""
+import resource
+import h5py, torch
+from unet_helpers.config import DataConfig
+from unet_helpers.datasets import decode, find_samples
+
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+before = memory()
+samples = find_samples(DataConfig("nyuv2-40", {str(tmp_path)!r}))
+for sample in [sample for sample in samples if sample.number == 700] + samples[::30]:
+    image, mask, *_ = decode(sample, None)
+    assert image.shape == (480, 640, 3)
+    assert (mask == (39 if sample.number == 700 else 255)).all() and (image == 7).all() == (sample.number == 700)
+print(len(samples), memory() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    count, megabytes = map(float, result.stdout.split())
+    assert count == 1449
+    assert megabytes < 300

@@ -180,15 +180,103 @@ def test_patches_are_bitwise_the_same_with_any_number_of_workers_and_from_any_st
     assert not torch.equal(other_seed[0][0], TrainingPatches(samples, SAMPLE)[0][0])
 
 
-def test_images_beyond_the_memory_limit_come_from_mapped_files(monkeypatch):
-    samples = find_samples(SAMPLE.data)
-    expected = [TrainingPatches(samples, SAMPLE)[n] for n in range(3)]
-    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 30_000)
-    patches = TrainingPatches(samples, SAMPLE)
-    assert {isinstance(arrays[0], str) for arrays, _ in patches.decoded} == {True, False}
-    for one, other in zip(expected, [pickle.loads(pickle.dumps(patches))[n] for n in range(3)], strict=True):
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A folder data set that is too large for the memory; its configuration, and the cache folder."""
+    config = folder(tmp_path / "set", masks_of(0, 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return config, tmp_path / "cache" / "unet_helpers" / "folder-native"
+
+
+@pytest.fixture
+def decodings(monkeypatch) -> list[str]:
+    """Names of the samples whose files are decoded, as it happens."""
+    names, plain = [], datasets.load_sample
+    monkeypatch.setattr(datasets, "load_sample", lambda sample: names.append(sample.name) or plain(sample))
+    return names
+
+
+def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decodings, monkeypatch):
+    config, cache = cached
+    samples = find_samples(config.data)
+    expected = [TrainingPatches(samples, config)[n] for n in range(4)]
+    assert not cache.exists()
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    TrainingPatches(samples, config)
+    assert len(list(cache.iterdir())) == 4
+    decodings.clear()
+    patches = TrainingPatches(samples, config)
+    assert decodings == []
+    assert isinstance(patches.decoded[1][0], np.memmap)
+    for one, other in zip(expected, [pickle.loads(pickle.dumps(patches))[n] for n in range(4)], strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+    assert decodings == []
+
+
+def test_the_cache_is_renewed_where_a_source_has_changed_or_a_file_is_damaged(cached, decodings, monkeypatch):
+    config, cache = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    samples = find_samples(config.data)[:4]
+    TrainingPatches(samples, config)
+    Image.fromarray(np.full((20, 30, 3), 77, np.uint8)).save(samples[1].image)  # another size in bytes
+    mask = np.array(Image.open(samples[2].mask))
+    os.utime(samples[2].mask, ns=(1, 1))  # another time
+    decodings.clear()
+    patches = TrainingPatches(samples, config)
+    assert decodings == [samples[1].name, samples[2].name]
+    assert (patches.decoded[1][0] == 77).all()
+    np.testing.assert_array_equal(patches.decoded[2][1], mask)
+    for path, damage in zip(sorted(cache.iterdir()), (b"", b"\xff" * 99, path_content(cache)[:-7]), strict=False):
+        path.write_bytes(damage)
+    decodings.clear()
+    again = TrainingPatches(samples, config)
+    assert len(decodings) in (3, 4)  # the first one is also asked for its size
+    for one, other in zip(patches.decoded, again.decoded, strict=False):
+        np.testing.assert_array_equal(one[0], other[0])
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]  # no half-written file stays
+
+
+def path_content(cache: Path) -> bytes:
+    return sorted(cache.iterdir())[2].read_bytes()
+
+
+def test_an_interrupted_cache_is_completed(cached, decodings, monkeypatch):
+    config, cache = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    samples = find_samples(config.data)
+    plain = datasets.write_whole
+
+    def fail_after_two(path, content):
+        if len(list(cache.iterdir())) == 2:
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    monkeypatch.setattr(datasets, "write_whole", fail_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        TrainingPatches(samples, config)
+    monkeypatch.setattr(datasets, "write_whole", plain)
+    decodings.clear()
+    assert len(TrainingPatches(samples, config)) == 4
+    assert len(decodings) == 2
+
+
+def test_images_are_reduced_for_the_network_and_masks_stay_native_for_scoring(tmp_path, cached, decodings):
+    config, _ = cached
+    config.data.longest_side = 15
+    samples = find_samples(config.data)
+    image, mask = load_sample(samples[0])
+    small, reduced, _ = WholeImages(samples, config, native=False)[0]
+    assert (tuple(small.shape), tuple(reduced.shape)) == ((3, 10, 15), (10, 15))
+    means = image.astype(float).reshape(10, 2, 15, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    expected = (means - means.mean((1, 2), keepdims=True)) / means.std((1, 2), keepdims=True)
+    np.testing.assert_allclose(small, expected, atol=0.02)  # means are rounded to whole numbers first
+    assert all(reduced[y, x] in mask[2 * y : 2 * y + 2, 2 * x : 2 * x + 2] for y in range(10) for x in range(15))
+    same, native, _ = WholeImages(samples, config)[0]
+    assert torch.equal(small, same)
+    np.testing.assert_array_equal(native, mask)
+    patches = TrainingPatches(samples, config)
+    assert patches.decoded[0][0].shape == (10, 15, 3)
 
 
 def test_patches_are_normalised_inside_the_field_of_view_of_the_whole_image():

@@ -184,3 +184,81 @@ def test_scores_on_another_data_set_do_not_replace_those_of_the_runs_own(trained
     assert metrics["test"] == own
     assert metrics["folder_test"]["n_images"] == 3
     assert metrics["reads"] == {"test": 1, "folder_test": 1}
+
+
+def test_scores_are_counted_at_native_size(trained_run, folder, tmp_path):
+    """A run whose images were reduced: scikit-learn on what `predict` wrote, which has the size of the files."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("longest_side: null", "longest_side: 48"))
+    data = DataConfig(name="folder", root=str(folder), longest_side=48)
+    scores = evaluate(run, data)
+    predict(run, [folder / "test" / "images"], tmp_path / "out", quiet=True)
+    truth, said = [], []
+    for path in sorted((folder / "test" / "masks").iterdir()):
+        mask, mine = (np.array(Image.open(p)) for p in (path, tmp_path / "out" / f"{path.stem}_mask.png"))
+        truth.append(mask[mask != 255])
+        said.append(mine[mask != 255] > 0)
+    assert mine.shape == (64, 64)
+    truth, said = np.concatenate(truth), np.concatenate(said)
+    assert scores["n_pixels"] == len(truth)
+    assert scores["dice"] == pytest.approx(sklearn.metrics.f1_score(truth, said), abs=1e-12)
+    assert scores["dice"] != evaluate(trained_run, replace(data, longest_side=None))["dice"]
+
+
+def write_classes(root, masks):
+    for number, mask in enumerate(masks):
+        image = make_retina(number, 64).image
+        for kind, picture in (("images", image), ("masks", mask)):
+            (root / "test" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(root / "test" / kind / f"car{number // 2}__{number}.png")
+    return DataConfig(name="folder", root=str(root), mask_values="classes")
+
+
+def test_classes_absent_from_the_truth_are_left_out_and_named(three_classes, tmp_path):
+    masks = [np.where(make_retina(number, 64).artery_vein == 2, 0, 1).astype(np.uint8) for number in range(3)]
+    scores = evaluate(three_classes, write_classes(tmp_path, masks))
+    assert scores["absent"] == ["class 2"]
+    assert scores["classes"] == ["class 0", "class 1", "class 2"]
+    assert scores["iou"] == pytest.approx(np.mean(scores["per_class"]["iou"][:2]))
+    assert np.sum(scores["confusion"]) == scores["n_pixels"] == 3 * 64 * 64
+    assert np.sum(scores["confusion"][2]) == 0
+
+
+def test_an_image_that_is_all_void_changes_no_score(three_classes, tmp_path):
+    masks = [make_retina(number, 64).artery_vein for number in range(2)]
+    plain = evaluate(three_classes, write_classes(tmp_path / "a", masks))
+    void = evaluate(three_classes, write_classes(tmp_path / "b", [*masks, np.full((64, 64), 255, np.uint8)]))
+    for name in ("dice", "iou", "accuracy", "mcc", "confusion", "per_class", "n_pixels", "mean_image_dice"):
+        np.testing.assert_equal(void[name], plain[name], name)
+
+
+def test_scores_by_group_are_those_of_its_images_alone(trained_run, three_classes, tmp_path):
+    masks = [make_retina(number, 64).artery_vein for number in range(4)]
+    for run, folder in ((three_classes, "classes"), (trained_run, "binary")):
+        data = write_classes(tmp_path / folder, masks if run is three_classes else [np.minimum(m, 1) for m in masks])
+        both = evaluate(run, data)["per_group_dice"]
+        assert list(both) == ["car0", "car1"]
+        for path in sorted((tmp_path / folder).rglob("car1*")):
+            path.unlink()
+        alone = evaluate(run, data)
+        assert both["car0"] == alone["dice"]
+    assert "per_group_dice" in alone
+    assert evaluate(trained_run)["per_group_dice"] == {}  # every image is a group of its own
+
+
+def test_what_predict_wrote_scores_exactly_1_against_itself(three_classes, trained_run, tmp_path):
+    for run, num_classes in ((trained_run, 1), (three_classes, 3)):
+        root = tmp_path / str(num_classes)
+        for kind in ("images", "masks"):
+            (root / "test" / kind).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(make_retina(number, 61).image[:, :50]).save(root / "test" / "images" / f"{number}.png")
+        for path in predict(run, [root / "test" / "images"], tmp_path / f"out{num_classes}", quiet=True):
+            shutil.copy(path, root / "test" / "masks" / path.name)
+        scores = evaluate(run, DataConfig(name="folder", root=str(root)))
+        assert scores["dice"] == scores["iou"] == 1
+        if num_classes == 3:
+            assert scores["per_class"]["dice"] == [1, 1, 1]
+            assert (tmp_path / "out3" / "legend.png").is_file()

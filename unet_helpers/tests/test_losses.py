@@ -293,3 +293,23 @@ def test_gpu_gives_the_same_loss_without_waiting_for_values():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(result.cpu(), SegmentationLoss(3)(logits, target))
+
+
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_class_weights_equal_torch_and_reach_only_the_cross_entropy(num_classes):
+    torch.manual_seed(2)
+    logits = torch.randn(2, num_classes, 9, 7)
+    target = torch.randint(0, max(2, num_classes), (2, 9, 7))
+    target[0, :3] = IGNORE
+    weights = (0.25, 3.0) if num_classes == 1 else (0.5, 0.0, 2.0, 1.0)
+    several = logits if num_classes > 1 else torch.cat([torch.zeros_like(logits), logits], 1)  # softmax of (0, z)
+    expected = torch.nn.functional.cross_entropy(several, target, torch.tensor(weights), ignore_index=IGNORE)
+    only = SegmentationLoss(num_classes, dice_weight=0.0, class_weights=weights)
+    torch.testing.assert_close(only(logits, target), expected)
+    both = SegmentationLoss(num_classes, dice_weight=0.5, class_weights=weights)
+    torch.testing.assert_close(both(logits, target), expected + 0.5 * soft_dice_loss(logits, target))
+    halves = both.sums(logits[:1], target[:1]) + both.sums(logits[1:], target[1:])
+    torch.testing.assert_close(both.from_sums(halves), both(logits, target))
+    equal = SegmentationLoss(num_classes, class_weights=(2.0,) * len(weights))
+    torch.testing.assert_close(equal(logits, target), SegmentationLoss(num_classes)(logits, target))
+    assert both(logits, torch.full_like(target, IGNORE)) == 0

@@ -14,6 +14,7 @@ from unet_helpers.config import IGNORE, UserError
 from unet_helpers.metrics import (
     BinaryHistogram,
     ConfusionMatrix,
+    class_mean,
     cldice_counts,
     foreground,
     image_counts,
@@ -21,7 +22,7 @@ from unet_helpers.metrics import (
     probabilities,
     quantise,
 )
-from unet_helpers.scores import SCORES, cldice, dice, undefined
+from unet_helpers.scores import SCORES, cldice, dice, iou, undefined
 
 
 def example(seed=0, batch=3, height=31, width=45, num_classes=1, ignored=0.3):
@@ -350,3 +351,12 @@ def test_gpu_counts_are_the_same():
     histogram = BinaryHistogram("cuda")
     histogram.update(probability.cuda(), target.cuda())
     assert torch.equal(histogram.table.cpu(), filled(probability, target).table)
+
+
+def test_a_class_that_the_truth_does_not_hold_is_left_out_of_the_means_even_if_predicted():
+    matrix = confusion(torch.tensor([[0, 1, 2, 0]]), torch.tensor([[0, 1, 0, IGNORE]]), 3)
+    values = matrix.scores()
+    assert values["per_class"]["iou"] == [0.5, 1.0, 0.0]
+    assert values["iou"] == pytest.approx(0.75)
+    assert class_mean(iou, matrix.counts()) == pytest.approx(0.75)
+    assert math.isnan(class_mean(iou, np.zeros((3, 4))))

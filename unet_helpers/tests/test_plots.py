@@ -1,9 +1,20 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
+from skimage.color import rgb2lab
 
-from unet_helpers.plots import animate, colour_classes, error_map, plot_history, to_png
+from unet_helpers.plots import (
+    animate,
+    class_colours,
+    class_handles,
+    colour_classes,
+    error_map,
+    plot_confusion,
+    plot_history,
+    to_png,
+)
 
 
 def test_error_map_of_a_hand_made_case():
@@ -23,10 +34,38 @@ def test_error_map_counts_a_wrong_class_as_invented():
     assert picture[0, 0, 0] > 200
 
 
-def test_classes_get_different_colours_and_ignored_pixels_grey():
-    classes = np.arange(8, dtype=np.uint8)[None]
-    assert len({tuple(colour) for colour in colour_classes(classes)[0].tolist()}) == 8
-    assert colour_classes(np.array([[255]], np.uint8))[0, 0].tolist() == [128, 128, 128]
+@pytest.mark.parametrize("count", [2, 3, 8, 11, 13, 40])
+def test_classes_get_different_colours_and_ignored_pixels_grey(count):
+    picture = colour_classes(np.array([[*range(count), 255]], np.uint8), count)
+    assert len({tuple(colour) for colour in picture[0].tolist()}) == count + 1
+    assert picture[0, -1].tolist() == [128, 128, 128]
+    handles = class_handles([f"class {index}" for index in range(count)])
+    assert [handle.get_label() for handle in handles][1] == "class 1"
+    np.testing.assert_allclose([handle.get_facecolor()[:3] for handle in handles], picture[0, :-1] / 255)
+
+
+@pytest.mark.parametrize("count", [3, 11])
+def test_colours_stay_apart_for_colour_blind_readers(count):
+    """Distances in CIELAB as a deuteranope and a protanope see them (Machado et al. 2009); 2.3 is just noticeable."""
+    machado = {
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    }
+    linear = ((class_colours(count) / 255 + 0.055) / 1.055) ** 2.4
+    for matrix in machado.values():
+        seen = np.clip(linear @ np.array(matrix).T, 0, 1)
+        lab = rgb2lab((1.055 * seen ** (1 / 2.4) - 0.055).clip(0, 1)[None])[0]
+        distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[np.triu_indices(count, 1)]
+        assert distances.min() > 6
+
+
+def test_a_confusion_matrix_shows_shares_of_each_true_class():
+    figure = plot_confusion([[3, 1, 0], [0, 0, 0], [1, 1, 2]], ["a", "b", "c"])
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "truth")
+    assert to_png(figure).startswith(b"\x89PNG")
 
 
 def test_history_is_drawn_even_where_dice_is_undefined():

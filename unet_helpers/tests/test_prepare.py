@@ -221,3 +221,33 @@ def test_offline_expansion_loses_no_image_whose_names_end_alike(tmp_path):
     assert "24 training images" in report
     assert len(list((tmp_path / "out" / "train" / "image").iterdir())) == 24
     find_samples(DataConfig(name="folder", root=str(tmp_path / "out"), val_share=0.3))
+
+
+def test_what_is_particular_about_a_public_set_is_said(tmp_path):
+    cars = tmp_path / "cars"
+    for kind in ("train", "train_masks"):
+        (cars / kind).mkdir(parents=True)
+    for car in ("0" * 12, "1" * 12, "2" * 12):
+        for angle in ("01", "02"):
+            image = np.full((6, 8, 3), 50 * int(car[0]) + 20 * int(angle), np.uint8)
+            Image.fromarray(image).save(cars / f"train/{car}_{angle}.jpg")
+            Image.fromarray(np.eye(6, 8, dtype=np.uint8) * 255).save(cars / f"train_masks/{car}_{angle}_mask.gif")
+    report = prepare(DataConfig("carvana", str(cars)), tmp_path)
+    assert "these are 6 of the 5088 images" in report
+    assert "test: 2 images in 1 groups" in report
+    assert "background 87.5%, car 12.5%" in report
+    with open(tmp_path / "carvana_test.csv", newline="") as file:
+        assert len({row["group"] for row in csv.DictReader(file)}) == 1
+    for split in ("train", "val", "test"):
+        for kind in ("", "annot"):
+            (tmp_path / "streets" / (split + kind)).mkdir(parents=True)
+        mask = np.arange(48, dtype=np.uint8).reshape(6, 8) % 12
+        name = f"{'a' if split == 'test' else 'b'}_{split}.png"
+        Image.fromarray(mask * 20).save(tmp_path / "streets" / split / name)
+        Image.fromarray(mask).save(tmp_path / "streets" / f"{split}annot" / name)
+    report = prepare(DataConfig("camvid", str(tmp_path)), tmp_path)
+    assert "frames of one film, b, on several sides" in report
+    assert "11 classes from the set's own labels; 11 ignored" in report
+    assert "cyclist 9.1%" in report
+    with pytest.raises(UserError, match="accept the rules"):
+        prepare(DataConfig("carvana", str(tmp_path / "nowhere")), tmp_path)
