@@ -114,7 +114,7 @@ def make_augmentation(config: AugmentationConfig) -> Augmentation:
     """
     steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
     if config.flips:
-        steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)]
+        steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: 1 if config.flips == "horizontal" else 2]
     if config.gamma:
         steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))
     if config.brightness or config.contrast:

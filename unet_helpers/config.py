@@ -11,6 +11,7 @@ from typing import Literal
 
 import yaml
 
+Flips = bool | Literal["horizontal"]
 IGNORE = 255  # mask value of a pixel that is neither trained on nor scored
 
 
@@ -65,7 +66,8 @@ class AugmentationConfig:
 
     Attributes:
         patch_size: height and width in pixels of the patches the network is trained on.
-        flips: mirror horizontally and vertically, each half of the time.
+        flips: mirror horizontally and vertically, each half of the time; `horizontal`: not vertically, where pictures
+            have an up and a down. Predictions are averaged over the same mirror images.
         rotation: largest angle in degrees, either way.
         scale: smallest and largest magnification.
         elastic: share of the patches (0 to 1) that are also deformed elastically.
@@ -76,7 +78,7 @@ class AugmentationConfig:
     """
 
     patch_size: int = 128
-    flips: bool = True
+    flips: Flips = True
     rotation: float = 180.0
     scale: tuple[float, float] = (0.78, 1.28)
     elastic: float = 0.0

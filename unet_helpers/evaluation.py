@@ -53,14 +53,18 @@ class Evaluation:
         return counts if self.num_classes == 1 else counts[None]
 
 
-def predictions(model: nn.Module, images: Dataset, device: torch.device, flips: bool) -> Iterator[tuple]:
-    """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`."""
+def predictions(model: nn.Module, images: WholeImages, device: torch.device, flips: bool) -> Iterator[tuple]:
+    """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`.
+
+    With `flips`, averaged over the mirror images that training has shown.
+    """
+    flips = flips and images.config.augmentation.flips
     for index in range(len(images)):
         image, mask, name = images[index]
         yield predict_probabilities(model, image.to(device), flips, size=mask.shape), mask.to(device), name
 
 
-def choose_threshold(model: nn.Module, images: Dataset, device: torch.device) -> float:
+def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device) -> float:
     """The threshold with the highest pooled Dice on (validation) images, flips averaged; see `score_images`."""
     histogram = BinaryHistogram(device)
     for probability, mask, _ in predictions(model, images, device, flips=True):
@@ -70,13 +74,13 @@ def choose_threshold(model: nn.Module, images: Dataset, device: torch.device) ->
 
 def score_images(
     model: nn.Module,
-    images: Dataset,
+    images: WholeImages,
     num_classes: int,
     device: torch.device,
     threshold: float | None,
     flips: bool = True,
 ) -> Evaluation:
-    """Predict images, as `WholeImages` gives them, one by one at their own size, and count.
+    """Predict images one by one at their own size, and count.
 
     The model is on `device`, in evaluation mode; `threshold` is unused for several classes.
     """

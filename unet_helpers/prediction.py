@@ -16,7 +16,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import UserError
+from unet_helpers.config import Flips, UserError
 from unet_helpers.images import decode_mask, list_images, mask_meaning, normalise, read_image, read_mask_values, shrink
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
@@ -29,21 +29,21 @@ TILE = 1536  # images with a longer side are predicted tile by tile, which bound
 
 @torch.inference_mode()
 def predict_probabilities(
-    model: nn.Module, image: Tensor, flips: bool = True, tile: int = TILE, size: tuple[int, int] | None = None
+    model: nn.Module, image: Tensor, flips: Flips = True, tile: int = TILE, size: tuple[int, int] | None = None
 ) -> Tensor:
     """Probabilities for an image of any size; outside the field of view background is certain.
 
     Args:
         model: a network in evaluation mode.
         image: float32 (C, H, W), normalised as in training, on the model's device.
-        flips: average over the image and its three mirror images (test-time augmentation).
+        flips: average over the image and its three mirror images, or its `horizontal` one (test-time augmentation).
         tile: longest side in pixels that goes through the network at once.
         size: height and width of the result, interpolated linearly; the image's own by default.
 
     Returns:
         float32 (H, W) for a binary network (sigmoid), else (K, H, W) (softmax, adds up to 1).
     """
-    axes = [(), (-1,), (-2,), (-2, -1)] if flips else [()]
+    axes = [(), (-1,), (-2,), (-2, -1)][: {True: 4, "horizontal": 2, False: 1}[flips]]
     total = torch.zeros((), device=image.device)
     for dims in axes:
         logits = predict_logits(model, image.flip(dims)[None], tile)
@@ -129,7 +129,7 @@ def predict(
         run: folder of a trained network.
         paths: image files, or folders of them.
         output: where to write; made if it does not exist.
-        flips: average over mirror images.
+        flips: average over the mirror images that training has shown.
         device: as in the configuration.
         truth: a folder of masks, or one mask, that belong to the images by name: also writes `<stem>_errors.png`.
         gif: also write `<stem>.gif`, which shows image, probability and mask in turn.
@@ -161,7 +161,8 @@ def predict(
         write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
-        probability = predict_image(model, image, target, flips, config.data.longest_side).cpu()
+        views = flips and config.augmentation.flips
+        probability = predict_image(model, image, target, views, config.data.longest_side).cpu()
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
@@ -174,7 +175,7 @@ def predict(
 
 
 def predict_image(
-    model: nn.Module, image: np.ndarray, device: torch.device, flips: bool = True, longest_side: int | None = None
+    model: nn.Module, image: np.ndarray, device: torch.device, flips: Flips = True, longest_side: int | None = None
 ) -> Tensor:
     """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it, (H, W, 3), at its own size.
 

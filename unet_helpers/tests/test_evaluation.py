@@ -11,7 +11,7 @@ from skimage.morphology import skeletonize
 
 from unet_helpers.config import DataConfig, UserError
 from unet_helpers.datasets import WholeImages, find_samples, load_sample
-from unet_helpers.evaluation import choose_threshold, compare, evaluate, samples_of, score_images
+from unet_helpers.evaluation import choose_threshold, compare, evaluate, predictions, samples_of, score_images
 from unet_helpers.prediction import predict
 from unet_helpers.runs import load_run
 from unet_helpers.sample_data import make_retina
@@ -262,3 +262,28 @@ def test_what_predict_wrote_scores_exactly_1_against_itself(three_classes, train
         if num_classes == 3:
             assert scores["per_class"]["dice"] == [1, 1, 1]
             assert (tmp_path / "out3" / "legend.png").is_file()
+
+
+@pytest.mark.parametrize("flips", [False, "horizontal", True])
+def test_predictions_are_averaged_over_the_mirror_images_of_training_only(trained_run, tmp_path, flips):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("flips: true", f"flips: {str(flips).lower()}"))
+    opened = load_run(run)
+    assert opened.config.augmentation.flips == flips
+    images = WholeImages(samples_of(opened.config, "test"), opened.config)
+    expected = []
+    for image, _, _ in images:
+        views = {False: [[]], "horizontal": [[], [2]], True: [[], [1], [2], [1, 2]]}[flips]
+        with torch.no_grad():
+            parts = [opened.model(image.flip(dims)[None]).sigmoid()[0, 0].flip([d - 1 for d in dims]) for dims in views]
+        expected.append(torch.stack(parts).mean(0) * (image != 0).any(0))
+    found = [probability for probability, *_ in predictions(opened.model, images, torch.device("cpu"), flips=True)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for index, sample in enumerate(images.samples):
+        Image.fromarray(load_sample(sample)[0]).save(tmp_path / f"{index}.png")
+    predict(run, [tmp_path / f"{index}.png" for index in range(3)], tmp_path / "out", quiet=True)
+    for index, probability in enumerate(expected):
+        written = np.array(Image.open(tmp_path / "out" / f"{index}_probability.png")) / 65535
+        np.testing.assert_allclose(written, probability, atol=1e-4)
