@@ -4,13 +4,13 @@ Counts are pooled over all pixels of all images first, and the score is computed
 is NaN, and `undefined` says why; it is never 0 or 1 by accident. (Predicting nothing where there is something to be
 found is no such case: its Dice is 0.)
 
-With other test images the score would have been another one. The bootstrap imitates that: it draws as many images
-again, with replacement, pools their counts and computes the score anew, thousands of times. Images are drawn and not
-pixels, because the pixels of one image stand or fall together.
+With other test images the score would have been another one. The bootstrap imitates that: thousands of times it draws
+as many images again, with replacement, and computes the score anew. Images are drawn and not pixels, because the pixels
+of one image stand or fall together.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -91,8 +91,7 @@ def undefined(values: dict) -> dict[str, str]:
 def defined_mean(values) -> np.ndarray:
     """Mean over the last axis of the values that are not NaN; NaN where there are none."""
     values = np.asarray(values, dtype=np.float64)
-    there = ~np.isnan(values)
-    return ratio(np.where(there, values, 0).sum(-1), there.sum(-1))
+    return ratio(np.nansum(values, -1), (~np.isnan(values)).sum(-1))
 
 
 def cldice(counts) -> np.ndarray:
@@ -137,11 +136,7 @@ def bootstrap_interval(
     Raises:
         UserError: a shape or setting is not as above.
     """
-    counts = _checked(counts, samples, level)
-    if counts.shape[1] == 1:
-        return float("nan"), float("nan")
-    draws = [_seed_mean(_pooled(score, counts, images), seeds) for seeds, images in _draws(counts, samples, seed)]
-    return _percentiles(np.concatenate(draws), level)
+    return _bootstrap(_checked(counts, samples, level), score, samples, seed, level)
 
 
 def paired_difference(
@@ -163,14 +158,14 @@ def paired_difference(
     if a.shape != b.shape:
         remedy = "compare the same images with the same number of seeds"
         raise UserError(f"counts have shapes {np.shape(counts_a)} and {np.shape(counts_b)}, expected equal: {remedy}")
+    pairs = np.stack([a, b], axis=2)  # (S, N, 2, ..., 4)
 
-    def differences(images: np.ndarray) -> np.ndarray:
-        return _pooled(score, a, images) - _pooled(score, b, images)
+    def difference(pooled: np.ndarray) -> np.ndarray:
+        values = np.asarray(score(pooled), dtype=np.float64)
+        return values[..., 0] - values[..., 1]
 
-    difference = float(differences(np.ones((1, a.shape[1]))).mean())
-    draws = [_seed_mean(differences(images), seeds) for seeds, images in _draws(a, samples, seed)]
-    low, high = _percentiles(np.concatenate(draws), level) if a.shape[1] > 1 else (float("nan"), float("nan"))
-    return {"difference": difference, "low": low, "high": high, "better": low > 0}
+    low, high = _bootstrap(pairs, difference, samples, seed, level)
+    return {"difference": float(difference(pairs.sum(1)).mean()), "low": low, "high": high, "better": low > 0}
 
 
 def _checked(counts, samples: int, level: float) -> np.ndarray:
@@ -186,35 +181,25 @@ def _checked(counts, samples: int, level: float) -> np.ndarray:
     return counts
 
 
-def _draws(counts: np.ndarray, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """How often each seed (n, S) and each image (n, N) was drawn, n draws at a time to bound the memory."""
-    rng = np.random.default_rng(seed)
+def _bootstrap(counts: np.ndarray, score: Score, samples: int, seed: int, level: float) -> tuple[float, float]:
+    """The interval of `bootstrap_interval`, for counts (S, N, ..., 4) and a score that takes (..., 4)."""
     runs, images = counts.shape[:2]
-    at_once = max(1, 4_000_000 // (images + runs))
+    rng, draws = np.random.default_rng(seed), []
+    at_once = max(1, 4_000_000 // (images + runs))  # bounds the memory
     for start in range(0, samples, at_once):
         n = min(at_once, samples - start)
-        yield _multiplicities(rng, n, runs), _multiplicities(rng, n, images)
+        run_drawn, image_drawn = _multiplicities(rng, n, runs), _multiplicities(rng, n, images)
+        pooled = np.tensordot(image_drawn, counts, axes=(1, 1))  # (n, S, ..., 4); whole numbers, so exact in any order
+        # A run whose score is NaN must not make the mean NaN unless it was drawn.
+        draws.extend(np.where(run_drawn > 0, score(pooled) * run_drawn, 0).sum(1) / runs)
+    draws = [draw for draw in draws if not math.isnan(draw)]
+    if images == 1 or not draws:
+        return math.nan, math.nan
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _multiplicities(rng: np.random.Generator, n: int, things: int) -> np.ndarray:
+    """How often each of the things is among as many drawn with replacement, n times: (n, things)."""
     drawn = rng.integers(things, size=(n, things)) + things * np.arange(n)[:, None]
     return np.bincount(drawn.ravel(), minlength=n * things).reshape(n, things).astype(np.float64)
-
-
-def _pooled(score: Score, counts: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Scores (n, S) of the counts pooled over the images drawn, (n, N)."""
-    pooled = np.tensordot(images, counts, axes=(1, 1))  # (n, S, ..., 4); whole numbers, so exact in any order
-    return np.asarray(score(pooled), dtype=np.float64)
-
-
-def _seed_mean(scores: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Mean over the seeds drawn, which one that was not drawn must not make NaN."""
-    return np.where(seeds > 0, scores * seeds, 0).sum(1) / seeds.sum(1)
-
-
-def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
-    draws = draws[~np.isnan(draws)]
-    if draws.size == 0:
-        return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
