@@ -21,10 +21,7 @@ DATA_SETS = ("sample", "drive", "folder")
 
 
 class Parser(ArgumentParser):
-    """A parser that complains in one line and takes no abbreviations."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, **options)
+    """A parser that complains in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Say what is wrong, without usage and tips around it."""
@@ -54,7 +51,7 @@ def train_command(args: Namespace) -> None:
 
     if args.run and args.resume:
         raise UserError("--run starts a new run and --resume goes on with one: give one of them.")
-    config = settings(args)
+    config = from_parsed(args.as_dict())
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run = args.resume or args.run or f"checkpoints/{config.data.name}-{stamp}"
     metrics = train(config, run, resume=bool(args.resume))
@@ -90,7 +87,7 @@ def benchmark_command(args: Namespace) -> None:
 
     if min(args.size) < 1 or args.steps < 1:
         raise UserError("--size and --steps must be at least 1.")
-    report(benchmark(settings(args), tuple(args.size), args.steps), args.json)
+    report(benchmark(from_parsed(args.as_dict()), tuple(args.size), args.steps), args.json)
 
 
 COMMANDS = {
@@ -104,7 +101,7 @@ COMMANDS = {
 
 def make_parsers() -> dict[str, Parser]:
     """The parser of each command."""
-    parsers = {name: Parser(description=function.__doc__) for name, function in COMMANDS.items()}
+    parsers = {name: Parser(description=run.__doc__, allow_abbrev=False) for name, run in COMMANDS.items()}
     prepare, train, evaluate, predict, benchmark = parsers.values()
     for parser in (evaluate, predict):
         parser.add_argument("run", help="folder of a trained run")
@@ -159,15 +156,9 @@ def report(result: dict, as_json: bool) -> None:
         print(f"{name:22} {show(value)}")
 
 
-def settings(args: Namespace) -> Config:
-    """The configuration among parsed arguments."""
-    values = args.as_dict()
-    return from_parsed({name: values[name] for name in ("seed", "data", "augmentation", "model", "training")})
-
-
 def parse(arguments: list[str]) -> Namespace:
     """Turn a command line into settings; with `train --resume RUN`, the run's own settings come before the flags."""
-    parser = Parser(prog="python -m unet_helpers", description=__doc__.split("\n\n")[1])
+    parser = Parser(prog="python -m unet_helpers", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in make_parsers().items():
         commands.add_subcommand(name, command, help=command.description.split("\n")[0])

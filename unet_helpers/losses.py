@@ -33,15 +33,9 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     Both cases are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0, for any logit.
 
-    Args:
-        logits: (B, 1, H, W), any float type; computed in float32.
-        target: (B, H, W) int64; 0, 1, or 255 for pixels to ignore.
-
-    Returns:
-        A scalar; 0 with gradient 0 if no pixel is valid.
-
-    Raises:
-        UserError: shapes, types or (on the CPU) labels are not as above. It is the same for all losses here.
+    Logits (B, 1, H, W) of any float type, computed in float32, and target (B, H, W) int64 (0, 1, or 255 for pixels to
+    ignore) to a scalar; 0 with gradient 0 if no pixel is valid. Like all losses here it raises `UserError` if shapes,
+    types or (on the CPU) labels are not as above.
     """
     return _mean(_cross_entropy_sums(*_prepare(logits, target, num_classes=1)))
 
@@ -59,15 +53,14 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - 2·Σ p·y / (Σ p + Σ y), sums over all valid pixels of the batch.
+    """1 - 2·Σ p·y / (Σ p + Σ y), sums over all valid pixels of the batch; multi-class: the mean over all K classes.
+
+    A class that no valid pixel belongs to adds 0 (as in `segmentation_models_pytorch`): only cross-entropy punishes its
+    false positives, and a class's weight is the same whichever others are in the batch. Any other has a denominator of
+    at least 1, so nothing needs to be smoothed. Logits (B, 1, H, W) or (B, K, H, W) to a scalar from 0 to 1; all else
+    as in `binary_cross_entropy`.
 
     Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but without squares in the denominator, as is usual now.
-
-    Multi-class: the mean over all K classes, background included. A class that no valid pixel belongs to adds 0 (as in
-    `segmentation_models_pytorch`): only cross-entropy punishes its false positives, and a class's weight is the same
-    whichever others are in the batch. Any other has a denominator of at least 1, so nothing needs to be smoothed.
-
-    Logits (B, 1, H, W) or (B, K, H, W) to a scalar from 0 to 1; all else as in `binary_cross_entropy`.
     """
     return _dice_loss(_dice_sums(*_prepare(logits, target)))
 
@@ -96,16 +89,11 @@ class SegmentationLoss(nn.Module):
         self.num_classes, self.dice_weight, self.cross_entropy_weight = num_classes, dice_weight, cross_entropy_weight
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The loss of the batch; with `reduce`, of the batches of all processes together.
+        """The loss of the batch, a scalar; with `reduce`, of all processes' batches, its gradient what DDP averages.
 
-        Args:
-            logits: (B, 1, H, W) or (B, K, H, W), any float type; computed in float32, also under autocast.
-            target: (B, H, W) int64; class indices, or 255 for pixels to ignore.
-            reduce: turns a float tensor into its sum over all processes, e.g.
-                `lambda sums: accelerator.reduce(sums, reduction="sum")`. Called once, by every process alike.
-
-        Returns:
-            A scalar: its value is the (global) loss, its gradient what DDP has to average.
+        Logits (B, 1, H, W) or (B, K, H, W) are of any float type and computed in float32, also under autocast; target
+        is (B, H, W) int64: class indices, or 255 for pixels to ignore. `reduce`, called once, by every process alike,
+        turns a float tensor into its sum over processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
         """
         local = self.sums(logits, target)
         if reduce is None:
@@ -117,8 +105,7 @@ class SegmentationLoss(nn.Module):
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
         """All that the loss needs of a batch, as sums over valid pixels; add them up over batches or processes.
 
-        Returns:
-            (2 + 3K,) float32: number of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
+        They are (2 + 3K,) float32: number of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
         """
         prepared = _prepare(logits, target, self.num_classes)
         return torch.cat([_cross_entropy_sums(*prepared), _dice_sums(*prepared)])

@@ -118,7 +118,10 @@ def ratio(numerator, denominator) -> np.ndarray:
 def bootstrap_interval(
     counts, score: Score, samples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, over images, of a score that is computed from pooled counts (Efron 1979).
+    """Percentile bootstrap interval (low, high), over images, of a score computed from pooled counts (Efron 1979).
+
+    Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends are NaN
+    when no draw is left and for one single image (`ONE_IMAGE` is the reason to print).
 
     Args:
         counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs of different seeds:
@@ -129,12 +132,7 @@ def bootstrap_interval(
         seed: the same seed gives the same interval.
         level: share of the draws that lie in the interval, between 0 and 1.
 
-    Returns:
-        (low, high), without the draws in which the score is undefined (no positive pixel in any image drawn, say).
-        Both are NaN when no draw is left and for one single image (`ONE_IMAGE` is the reason to print).
-
-    Raises:
-        UserError: a shape or setting is not as above.
+    Raises `UserError` if a shape or setting is not as above.
     """
     return _bootstrap(_checked(counts, samples, level), score, samples, seed, level)
 
@@ -144,15 +142,13 @@ def paired_difference(
 ) -> dict[str, float | bool]:
     """Score of A minus score of B with its bootstrap interval: the same images (and seeds) are drawn for both.
 
-    An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel.
+    An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel. Arguments and
+    errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s beside seed s
+    of A, and of a score larger must be better.
 
-    Arguments and errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s
-    beside seed s of A, and of a score larger must be better.
-
-    Returns:
-        `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether A is better
-        than B, i.e. the whole interval lies above 0. With one image the interval is NaN and `better` is False. Five
-        seeds are few, and the bootstrap makes the interval of so few somewhat too narrow: mistrust a close call.
+    Returns `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether the whole
+    interval lies above 0. With one image the interval is NaN and `better` is False. The interval of as few as five
+    seeds is somewhat too narrow: mistrust a close call.
     """
     a, b = _checked(counts_a, samples, level), _checked(counts_b, samples, level)
     if a.shape != b.shape:
