@@ -31,9 +31,9 @@ def find_device(name: str = "auto") -> torch.device:
 def find_precision(name: str, device: torch.device) -> str:
     """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`.
 
-    `auto` asks what the hardware computes in natively. A T4 (compute capability 7.5) accepts bf16 and emulates it,
-    slowly, so bf16 needs capability 8.0 and fp16 with a gradient scaler is used below; a CPU needs bf16 instructions.
-    Raises `UserError` for fp16 on a device without a gradient scaler for it.
+    `auto` asks what the hardware computes in natively: a T4 (compute capability 7.5) emulates bf16, slowly, so below
+    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions. Raises `UserError` for fp16 on a
+    device without a gradient scaler for it.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
@@ -89,12 +89,8 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def without_nan(value: object) -> object:
-    """The same nested value with None for every NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    """The same nested value, as JSON holds it, with None for every NaN."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
