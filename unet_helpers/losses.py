@@ -37,7 +37,8 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     ignore) to a scalar; 0 with gradient 0 if no pixel is valid. Like all losses here it raises `UserError` if shapes,
     types or (on the CPU) labels are not as above.
     """
-    return _mean(_cross_entropy_sums(*_prepare(logits, target, num_classes=1)))
+    pixels, total = _cross_entropy_sums(*_prepare(logits, target, num_classes=1))
+    return total / pixels.clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -46,10 +47,10 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     That is logsumexp(z) - z[true class]. Shapes, result and errors as in `binary_cross_entropy`, but for logits
     (B, K, H, W) with K of at least 2 and labels 0..K-1.
     """
-    prepared = _prepare(logits, target)
+    pixels, total = _cross_entropy_sums(*_prepare(logits, target))
     if logits.shape[1] == 1:
         raise UserError("cross_entropy got logits with one channel, expected at least 2: use binary_cross_entropy")
-    return _mean(_cross_entropy_sums(*prepared))
+    return total / pixels.clamp(min=1)
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -112,7 +113,8 @@ class SegmentationLoss(nn.Module):
 
     def from_sums(self, sums: Tensor) -> Tensor:
         """The loss, a scalar, from (added up) `sums`. A whole validation set is best added up in float64."""
-        return self.cross_entropy_weight * _mean(sums[:2]) + self.dice_weight * _dice_loss(sums[2:])
+        cross_entropy = sums[1] / sums[0].clamp(min=1)
+        return self.cross_entropy_weight * cross_entropy + self.dice_weight * _dice_loss(sums[2:])
 
 
 def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,10 +148,6 @@ def _cross_entropy_sums(z: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     else:
         terms = z.logsumexp(1, keepdim=True) - (z * truth).sum(1, keepdim=True)
     return torch.stack([valid.sum().to(z.dtype), (terms * valid).sum()])
-
-
-def _mean(sums: Tensor) -> Tensor:
-    return sums[1] / sums[0].clamp(min=1)
 
 
 def _dice_sums(z: Tensor, truth: Tensor, valid: Tensor) -> Tensor:

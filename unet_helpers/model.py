@@ -54,14 +54,8 @@ class PySiLU(nn.Module):
 
 
 # None works in place, so that what a hook sees on the layer before is what that layer computed.
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,  # slope .01 below 0
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "mish": nn.Mish,
-    "pysilu": PySiLU,
-}
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish}
+ACTIVATIONS["pysilu"] = PySiLU
 
 
 def make_norm(norm: str, channels: int) -> nn.Module:

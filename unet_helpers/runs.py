@@ -81,11 +81,9 @@ class Progress:
     best_epoch: int = 0  # the one with the highest validation Dice so far, whose weights are `model.safetensors`
     history: list[dict] = field(default_factory=list)  # a row of `COLUMNS` for the untrained network and each epoch
 
-    def record(
-        self, step: int, rate: float, train_loss: float | None, speed: float | None, seconds: float, scores: dict
-    ):
+    def record(self, step: int, rate: float, loss: float | None, speed: float | None, seconds: float, scores: dict):
         """Add a row for the epoch that has just ended, and note whether it is the best."""
-        row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": train_loss}
+        row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": loss}
         row |= {f"val_{name}": scores[name] for name in ("loss", "accuracy", "correct", "total", "dice", "threshold")}
         row = without_nan(row | {"images_per_second": speed, "seconds": seconds})
         best = self.history[self.best_epoch]["val_dice"] if self.history else None

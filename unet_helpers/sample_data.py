@@ -106,8 +106,8 @@ def _background(rng: np.random.Generator, eye: _Eye) -> np.ndarray:
     disc_light = np.float32([0.98, 0.82, 0.48]) * np.float32(rng.uniform(0.85, 1.05)) + 0.15 * np.exp(-4 * away**2)
     light *= 1 + 0.2 * np.exp(-(away**2) / 4)
     light += 0.85 / (1 + np.exp((np.minimum(away, 3) - 1) * 14)) * (disc_light - light)
-    for colour, most in (([0.92, 0.78, 0.42], 14), ([0.36, 0.10, 0.07], 14)):  # exudates, haemorrhages
-        spots = _spots(rng, eye, rng.integers(0, most + 1))[..., None]
+    for colour in ([0.92, 0.78, 0.42], [0.36, 0.10, 0.07]):  # exudates, haemorrhages
+        spots = _spots(rng, eye, rng.integers(0, 15))[..., None]
         light += 0.8 * spots * (np.float32(colour) - light)
     return light
 

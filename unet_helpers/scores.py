@@ -1,12 +1,10 @@
 """How good a segmentation is, and how sure that is: plain functions of pixel counts, which `metrics` collects.
 
-Counts are pooled over all pixels of all images first, and the score is computed from them once. A score that is 0/0
-is NaN, and `undefined` says why; it is never 0 or 1 by accident. (Predicting nothing where there is something to be
-found is no such case: its Dice is 0.)
+Counts are pooled over all pixels of all images first, and the score is computed from them once. 0/0 is NaN, and
+`undefined` says why. (Predicting nothing where there is something to be found is no such case: its Dice is 0.)
 
-With other test images the score would have been another one. The bootstrap imitates that: thousands of times it draws
-as many images again, with replacement, and computes the score anew. Images are drawn and not pixels, because the pixels
-of one image stand or fall together.
+The bootstrap imitates other test images: thousands of times it draws as many again, with replacement, and computes the
+score anew. Images are drawn and not pixels, because the pixels of one image stand or fall together.
 """
 
 import math

@@ -19,13 +19,12 @@ from unet_helpers.config import RunError, UserError, one_line
 
 def find_device(name: str = "auto") -> torch.device:
     """The device called `name`, or `UserError` if it is not there; `auto` takes CUDA, Apple's MPS, or the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available.get(name, False):
-        there = ", ".join(device for device, there in available.items() if there)
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device, there in devices.items() if there]
+    if name not in ("auto", *found):
+        there = ", ".join(found)
         raise UserError(f"the device asked for is {name}, but torch finds no such device here (it finds: {there}).")
-    return torch.device(name)
+    return torch.device(found[0] if name == "auto" else name)
 
 
 def find_precision(name: str, device: torch.device) -> str:
@@ -96,7 +95,6 @@ def without_nan(value: object) -> object:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all: a reader, or a crash, sees the old file or the new one, never a part.
 
-    The content goes to a neighbour first, is forced to the disk, and then takes the file's name in one step.
     Raises `RunError` if the disk is full or fails, `UserError` if the place cannot be written.
     """
     # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.

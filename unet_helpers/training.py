@@ -37,15 +37,10 @@ from unet_helpers.system import describe_device, find_device, find_precision, me
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
     """Train a network, write its run folder and return the content of `metrics.json`, on the main process.
 
-    Args:
-        config: every setting. With `resume` it must be the interrupted run's, but for where and how fast it runs.
-        run: the run folder; it must not hold another run, unless `resume`.
-        resume: go on after the last finished epoch.
-        quiet: print nothing.
-
-    Raises:
-        UserError: for wrong settings or data, before anything is written.
-        RunError: if the loss is no longer a number, memory or disk is full.
+    The folder `run` must not hold a run yet. To `resume`, it holds an interrupted one, which goes on after its last
+    finished epoch; `config` must then be that run's, but for where and how fast it runs. `quiet` prints nothing.
+    Raises `UserError` for wrong settings or data, before anything is written, and `RunError` if the loss is no longer a
+    number or if memory or disk is full.
     """
     check_config(config)
     run, settings = Path(run), config.training
@@ -62,9 +57,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     network = build_model(config.model)
     network.output_size(config.augmentation.patch_size)  # patches too small for valid padding come out here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
-    )
+    decay, fused = settings.weight_decay, device.type != "mps"
+    optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=decay, fused=fused)
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
     if main:
