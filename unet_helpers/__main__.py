@@ -141,9 +141,6 @@ def make_parsers() -> dict[str, Parser]:
 
 def report(result: dict, as_json: bool) -> None:
     """Print a dictionary, as one JSON object or a line an entry."""
-    if as_json:
-        print(json.dumps(without_nan(result)))
-        return
 
     def show(value: object) -> str:
         if isinstance(value, dict):
@@ -152,8 +149,8 @@ def report(result: dict, as_json: bool) -> None:
             return " to ".join(map(show, value))
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    for name, value in result.items():
-        print(f"{name:22} {show(value)}")
+    lines = [f"{name:22} {show(value)}" for name, value in result.items()]
+    print(json.dumps(without_nan(result)) if as_json else "\n".join(lines))
 
 
 def parse(arguments: list[str]) -> Namespace:

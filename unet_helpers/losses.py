@@ -70,14 +70,13 @@ class SegmentationLoss(nn.Module):
     """cross_entropy_weight · cross-entropy + dice_weight · soft Dice loss, over one process or over many.
 
     Binary (num_classes = 1) takes `binary_cross_entropy`, otherwise `cross_entropy`; see there and at `soft_dice_loss`.
+    Labels are checked on the CPU only, since looking at values would make a GPU wait at every step; `check_labels`
+    checks a data set once, before training.
 
     Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S) (not the mean of the L(s_r) unless
     all have equally many valid pixels). Its gradient is Σ_r L'(S)·∂s_r, but DDP averages, i.e. gives (1/W)·Σ_r g_r.
     Therefore process r returns a scalar whose value is L(S), ready to be logged, and whose gradient is
     g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of one process with the whole batch.
-
-    Labels are checked against num_classes on the CPU only, since looking at values would make a GPU wait at every step;
-    `check_labels` checks a data set once, before training.
     """
 
     def __init__(self, num_classes: int, dice_weight: float = 0.5, cross_entropy_weight: float = 1.0):

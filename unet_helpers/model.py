@@ -132,9 +132,7 @@ class UNet(nn.Module):
     With padding `same`, H' = H and W' = W for any size: `pad_to_multiple` extends the image, and the output is cut
     back. With `valid`, each output pixel has seen real pixels only and H' = `output_size(H)` is smaller: that of the
     image's largest fitting centre, so `center_crop(mask, logits.shape[-2:])` is the matching target for any size.
-
-    The settings are those of `config.ModelConfig`. Raises `UserError` for one that is out of its range and, in
-    `forward`, for an image that is too small for `valid`.
+    Raises `UserError` for a setting out of range (see `config.ModelConfig`) and for an image too small for `valid`.
 
     Attributes:
         stride: how many input pixels one pixel at the bottom stands for, along one side.

@@ -8,6 +8,7 @@ units of the field of view's radius, and noise per pixel comes last, so a seed g
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import cv2
@@ -39,10 +40,9 @@ class SampleRetina:
 
 
 def make_retina(seed: int | Sequence[int], size: int | tuple[int, int] = 256) -> SampleRetina:
-    """Draw the retina that belongs to a seed.
+    """Draw the retina that belongs to a seed: a whole number from 0, or several, such as `(split, index)`.
 
-    The seed is a whole number from 0, or several, such as `(split, index)`; the size is height and width in pixels, or
-    one number for both, at least 32. Raises `UserError` for anything else.
+    The size is height and width in pixels, or one number for both, at least 32. `UserError` for anything else.
     """
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side >= MIN_SIZE for side in sides):
@@ -141,15 +141,14 @@ def _grow_tree(rng: np.random.Generator, eye: _Eye) -> list[tuple[int, np.ndarra
     """Kind, points (n, 2) and widths (n,) of every vessel, grown breadth first: thin ones end at thick ones."""
     thickness, tortuosity = rng.uniform(0.9, 1.1), rng.uniform(0.15, 0.45)
     shoots, tree = [], []
-    for kind in (ARTERY, VEIN):
-        for up in (-1, 1):
-            for start, end, turn, width, length in (
-                (rng.normal(88, 9), rng.normal(-3, 7), rng.uniform(0.38, 0.58), 1, 2.3),  # arcade round the macula
-                (rng.normal(115, 9), rng.normal(150, 14), 0.3, rng.uniform(0.6, 0.8), 1.2),  # to the nose
-                (rng.normal(35, 12), rng.normal(12, 8), 0.3, rng.uniform(0.3, 0.42), 0.7),  # to the macula
-            ):
-                origin, (start, end) = eye.disc + rng.normal(0, 0.025, 2), up * np.radians([start, end])
-                shoots.append(_Shoot(kind, origin, start, end, turn, TRUNK_WIDTH[kind] * width * thickness, length))
+    for kind, up in product((ARTERY, VEIN), (-1, 1)):
+        for start, end, turn, width, length in (
+            (rng.normal(88, 9), rng.normal(-3, 7), rng.uniform(0.38, 0.58), 1, 2.3),  # arcade round the macula
+            (rng.normal(115, 9), rng.normal(150, 14), 0.3, rng.uniform(0.6, 0.8), 1.2),  # to the nose
+            (rng.normal(35, 12), rng.normal(12, 8), 0.3, rng.uniform(0.3, 0.42), 0.7),  # to the macula
+        ):
+            origin, (start, end) = eye.disc + rng.normal(0, 0.025, 2), up * np.radians([start, end])
+            shoots.append(_Shoot(kind, origin, start, end, turn, TRUNK_WIDTH[kind] * width * thickness, length))
     taken = np.zeros((3, 100, 100), bool)  # cells of 0.025 in which a vessel of this kind runs already
     for shoot in shoots:  # a list that grows as we go
         points, headings = _path(rng, shoot, tortuosity)

@@ -119,7 +119,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval (low, high), over images, of a score computed from pooled counts (Efron 1979).
 
     Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends are NaN
-    when no draw is left and for one single image (`ONE_IMAGE` is the reason to print).
+    when no draw is left and for one single image (`ONE_IMAGE` is the reason to print). Raises `UserError` if a shape or
+    setting is not as below.
 
     Args:
         counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs of different seeds:
@@ -129,8 +130,6 @@ def bootstrap_interval(
         samples: how often to draw.
         seed: the same seed gives the same interval.
         level: share of the draws that lie in the interval, between 0 and 1.
-
-    Raises `UserError` if a shape or setting is not as above.
     """
     return _bootstrap(_checked(counts, samples, level), score, samples, seed, level)
 

@@ -81,9 +81,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         progress.record(progress.epoch * steps, rate, train_loss, speed, time.perf_counter() - started, scores)
         if main:
             save_epoch(run, config, progress, network, average, optimiser, accelerator.scaler)
-            if settings.tensorboard:
-                row = {name: value for name, value in progress.history[-1].items() if value is not None}
-                accelerator.log(row, step=progress.epoch)
+            accelerator.log(progress.history[-1], progress.epoch)  # to TensorBoard, if that is set
             if not quiet:
                 tqdm.write(progress.line(settings.epochs))
 
