@@ -136,10 +136,7 @@ def result_settings(config: Config) -> dict:
 
 
 def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module, average, optimiser, scaler) -> None:
-    """Write the best weights if they are new, the checkpoint, and the history of a finished epoch.
-
-    In this order, so that whatever the checkpoint claims to exist does exist.
-    """
+    """Write the epoch's weights if they are the best, then the checkpoint: what that claims to exist does exist."""
     best = average.module.state_dict()
     if progress.best_epoch == progress.epoch:
         write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})

@@ -200,9 +200,8 @@ def _fixed(points: np.ndarray) -> np.ndarray:
 def _draw_tree(tree: list[tuple[int, np.ndarray, np.ndarray]], eye: _Eye) -> np.ndarray:
     """Float32 (H, W, 4) in [0, 1]: share of a pixel under arteries and under veins, depth of blood, light reflex."""
     canvas = np.zeros((eye.shape[0] * SUPERSAMPLING, eye.shape[1] * SUPERSAMPLING, 4), np.uint8)
-    for kind, points, widths in sorted(tree, key=lambda vessel: vessel[2][0]):  # thick ones run above thin ones
-        if widths[0] * eye.radius < 0.45:  # cannot be seen at this resolution
-            continue
+    seen = [vessel for vessel in tree if vessel[2][0] * eye.radius >= 0.45]  # at this resolution
+    for kind, points, widths in sorted(seen, key=lambda vessel: vessel[2][0]):  # thick ones run above thin ones
         depth = 255 * min(0.4 + 0.6 * widths.mean() / TRUNK_WIDTH[ARTERY], 1)
         points = (eye.pixels(points) + 0.5) * SUPERSAMPLING - 0.5
         ahead = np.gradient(points, axis=0)
