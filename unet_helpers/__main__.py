@@ -11,35 +11,23 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
 from unet_helpers.config import Config, DataConfig, RunError, UserError, from_parsed, load_config, one_line
 from unet_helpers.system import memory_is_full, without_nan
 
-DATA_SETS = ("sample", "drive", "folder")
+DATA_SETS = get_args(get_type_hints(DataConfig)["name"])
 
 
 class Parser(ArgumentParser):
-    """A parser that complains in one line and takes no abbreviations."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, **options)
+    """A parser that complains in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Say what is wrong, without usage and tips around it."""
         command = self.prog.replace(" [options]", "")
         raise UserError(f"{one_line(message)} (see `{command} --help`)") from ex
-
-
-def prepare_arguments(parser: Parser) -> None:
-    """Arguments of `prepare`."""
-    parser.add_argument("name", choices=DATA_SETS, help="which data set")
-    parser.add_argument("--data-root", default="data", help="where it lies, at any depth, or is put")
-    parser.add_argument("--output", default="data", help="where the lists of images are written")
-    parser.add_argument("--no-download", action="store_true", help="do not fetch what is missing")
-    parser.add_argument("--offline", help="also write the set, augmented once for all, to this new folder")
-    parser.add_class_arguments(DataConfig, "data", skip={"name", "root"})
 
 
 def prepare_command(args: Namespace) -> None:
@@ -55,19 +43,6 @@ def prepare_command(args: Namespace) -> None:
         print(expand_offline(data, Path(args.offline)))
 
 
-def settings_arguments(parser: Parser) -> None:
-    """Every setting of a run as a flag, and `--config`."""
-    parser.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
-    parser.add_class_arguments(Config)
-
-
-def train_arguments(parser: Parser) -> None:
-    """Arguments of `train`."""
-    parser.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
-    parser.add_argument("--resume", help="folder of an interrupted run to go on with; its settings are taken from it")
-    settings_arguments(parser)
-
-
 def train_command(args: Namespace) -> None:
     """Train a network. Without arguments: a small one, on built-in sample data, in about two minutes on two CPU cores.
 
@@ -77,31 +52,13 @@ def train_command(args: Namespace) -> None:
 
     if args.run and args.resume:
         raise UserError("--run starts a new run and --resume goes on with one: give one of them.")
-    config = settings(args)
+    config = from_parsed(args.as_dict())
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run = args.resume or args.run or f"checkpoints/{config.data.name}-{stamp}"
     metrics = train(config, run, resume=bool(args.resume))
     if metrics:  # on the main process
         threshold = "" if metrics["threshold"] is None else f", threshold {metrics['threshold']}"
         print(f"Validation Dice {metrics['val']['dice']:.4f} (epoch {metrics['best_epoch']}{threshold}), in {run}.")
-
-
-def run_arguments(parser: Parser) -> None:
-    """Arguments that `evaluate` and `predict` share."""
-    parser.add_argument("run", help="folder of a trained run")
-    parser.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-
-
-def evaluate_arguments(parser: Parser) -> None:
-    """Arguments of `evaluate`."""
-    run_arguments(parser)
-    parser.add_argument("--data", choices=DATA_SETS, help="data set; by default the run's own")
-    parser.add_argument("--data-root", help="where it lies; by default where it lay in training")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="test", help="which part of it")
-    parser.add_argument("--compare", help="another run: print the paired difference in Dice")
-    parser.add_argument("--save", action="store_true", help="also write the scores to the run's metrics.json")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def evaluate_command(args: Namespace) -> None:
@@ -116,15 +73,6 @@ def evaluate_command(args: Namespace) -> None:
     report(evaluate(args.run, save=args.save, **options) | compared, args.json)
 
 
-def predict_arguments(parser: Parser) -> None:
-    """Arguments of `predict`."""
-    run_arguments(parser)
-    parser.add_argument("paths", nargs="+", help="image files or folders of them")
-    parser.add_argument("--output", help="where to write; by default predictions/RUN")
-    parser.add_argument("--truth", help="ground truth, a folder of masks: also writes error maps")
-    parser.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
-
-
 def predict_command(args: Namespace) -> None:
     """Predict images: STEM_mask.png and STEM_probability.png (16 bit) for each, at its own size."""
     from unet_helpers.prediction import predict
@@ -134,37 +82,66 @@ def predict_command(args: Namespace) -> None:
     print(f"{len(masks)} predicted, written to {output}.")
 
 
-def benchmark_arguments(parser: Parser) -> None:
-    """Arguments of `benchmark`."""
-    parser.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
-    parser.add_argument("--steps", type=int, default=12, help="how often everything is measured")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    settings_arguments(parser)
-
-
 def benchmark_command(args: Namespace) -> None:
     """Measure speed and memory of training and prediction: medians and quartiles."""
     from unet_helpers.benchmark import benchmark
 
     if min(args.size) < 1 or args.steps < 1:
         raise UserError("--size and --steps must be at least 1.")
-    report(benchmark(settings(args), tuple(args.size), args.steps), args.json)
+    report(benchmark(from_parsed(args.as_dict()), tuple(args.size), args.steps), args.json)
 
 
 COMMANDS = {
-    "prepare": (prepare_command, prepare_arguments),
-    "train": (train_command, train_arguments),
-    "evaluate": (evaluate_command, evaluate_arguments),
-    "predict": (predict_command, predict_arguments),
-    "benchmark": (benchmark_command, benchmark_arguments),
+    "prepare": prepare_command,
+    "train": train_command,
+    "evaluate": evaluate_command,
+    "predict": predict_command,
+    "benchmark": benchmark_command,
 }
 
 
+def make_parsers() -> dict[str, Parser]:
+    """The parser of each command."""
+    parsers = {name: Parser(description=run.__doc__, allow_abbrev=False) for name, run in COMMANDS.items()}
+    prepare, train, evaluate, predict, benchmark = parsers.values()
+    for parser in (evaluate, predict):
+        parser.add_argument("run", help="folder of a trained run")
+        parser.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
+        parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+
+    prepare.add_argument("name", choices=DATA_SETS, help="which data set")
+    prepare.add_argument("--data-root", default="data", help="where it lies, at any depth, or is put")
+    prepare.add_argument("--output", default="data", help="where the lists of images are written")
+    prepare.add_argument("--no-download", action="store_true", help="do not fetch what is missing")
+    prepare.add_argument("--offline", help="also write the set, augmented once for all, to this new folder")
+    prepare.add_class_arguments(DataConfig, "data", skip={"name", "root"})
+
+    train.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
+    train.add_argument("--resume", help="folder of an interrupted run to go on with; its settings are taken from it")
+
+    evaluate.add_argument("--data", choices=DATA_SETS, help="data set; by default the run's own")
+    evaluate.add_argument("--data-root", help="where it lies; by default where it lay in training")
+    evaluate.add_argument("--split", choices=["train", "val", "test"], default="test", help="which part of it")
+    evaluate.add_argument("--compare", help="another run: print the paired difference in Dice")
+    evaluate.add_argument("--save", action="store_true", help="also write the scores to the run's metrics.json")
+
+    predict.add_argument("paths", nargs="+", help="image files or folders of them")
+    predict.add_argument("--output", help="where to write; by default predictions/RUN")
+    predict.add_argument("--truth", help="ground truth, a folder of masks: also writes error maps")
+    predict.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
+
+    benchmark.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
+    benchmark.add_argument("--steps", type=int, default=12, help="how often everything is measured")
+    for parser in (evaluate, benchmark):
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for parser in (train, benchmark):
+        parser.add_argument("--config", action="config", help="a YAML file of settings; flags win over it")
+        parser.add_class_arguments(Config)
+    return parsers
+
+
 def report(result: dict, as_json: bool) -> None:
-    """Print a dictionary, as one JSON object or a line an entry."""
-    if as_json:
-        print(json.dumps(without_nan(result)))
-        return
+    """Print a dictionary, as one JSON object or a line an entry and, with several classes, a line a class."""
 
     def show(value: object) -> str:
         if isinstance(value, dict):
@@ -173,24 +150,20 @@ def report(result: dict, as_json: bool) -> None:
             return " to ".join(map(show, value))
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    for name, value in result.items():
-        print(f"{name:22} {show(value)}")
-
-
-def settings(args: Namespace) -> Config:
-    """The configuration among parsed arguments."""
-    values = args.as_dict()
-    return from_parsed({name: values[name] for name in ("seed", "data", "augmentation", "model", "training")})
+    plain = {name: value for name, value in result.items() if name not in ("classes", "per_class", "confusion")}
+    for index, name in enumerate(result.get("classes", [])):
+        scores = ("dice", "iou", "sensitivity", "precision")
+        plain[f"class {name}"] = {score: result["per_class"][score][index] for score in scores}
+    lines = [f"{name:22} {show(value)}" for name, value in plain.items()]
+    print(json.dumps(without_nan(result)) if as_json else "\n".join(lines))
 
 
 def parse(arguments: list[str]) -> Namespace:
     """Turn a command line into settings; with `train --resume RUN`, the run's own settings come before the flags."""
-    parser = Parser(prog="python -m unet_helpers", description=__doc__.split("\n\n")[1])
+    parser = Parser(prog="python -m unet_helpers", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, (function, add_arguments) in COMMANDS.items():
-        command = Parser(description=function.__doc__)
-        add_arguments(command)
-        commands.add_subcommand(name, command, help=function.__doc__.split("\n")[0])
+    for name, command in make_parsers().items():
+        commands.add_subcommand(name, command, help=command.description.split("\n")[0])
     files, others, words = [], [], iter(arguments[1:])
     for word in words:
         name, _, value = word.partition("=")
@@ -205,10 +178,9 @@ def parse(arguments: list[str]) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        args = parse(arguments)
-        COMMANDS[args.command][0](args[args.command])
+        args = parse(sys.argv[1:] if arguments is None else arguments)
+        COMMANDS[args.command](args[args.command])
     except (UserError, RunError, PermissionError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2

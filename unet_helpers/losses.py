@@ -1,9 +1,8 @@
 """What training minimises: cross-entropy plus a share of soft Dice, with pixels marked 255 left out.
 
 Cross-entropy asks every pixel to be right and is smooth from the first step; soft Dice asks the overlap of whole
-regions to be right and does not care how much background there is. Both are computed from a few sums over the batch.
-Sums can be added up over processes before anything is divided, so that several GPUs minimise what one GPU with the
-whole batch would.
+regions to be right and does not care how much background there is. Both follow from a few sums, which are added up
+over processes before anything is divided: several GPUs minimise what one GPU with the whole batch would.
 """
 
 import math
@@ -17,9 +16,9 @@ from unet_helpers.config import IGNORE, UserError, need
 
 
 def check_labels(target, num_classes: int, name: str = "target") -> None:
-    """Raise `UserError` unless `target` (tensor or array, any shape) holds 0..K-1 (binary: 0, 1) and 255 only.
+    """Raise `UserError`, which names `name`, unless `target` (tensor or array, any shape) holds classes and 255 only.
 
-    K is `num_classes`; the error speaks of `name`.
+    Classes are 0 to num_classes - 1; binary (num_classes = 1): 0 and 1.
     """
     allowed = max(num_classes, 2)
     wrong = (target != IGNORE) & ((target < 0) | (target >= allowed))
@@ -34,18 +33,12 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     Both cases are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0, for any logit.
 
-    Args:
-        logits: (B, 1, H, W), any float type; computed in float32.
-        target: (B, H, W) int64; 0, 1, or 255 for pixels to ignore.
-
-    Returns:
-        A scalar; 0 with gradient 0 if no pixel is valid.
-
-    Raises:
-        UserError: shapes, types or (on the CPU) labels are not as above. It is the same for all losses here.
+    Logits (B, 1, H, W) of any float type, computed in float32, and target (B, H, W) int64 (0, 1, or 255 for pixels to
+    ignore) to a scalar; 0 with gradient 0 if no pixel is valid. Like all losses here it raises `UserError` if shapes,
+    types or (on the CPU) labels are not as above.
     """
-    z, truth, valid = _prepare(logits, target, num_classes=1)
-    return _valid_mean(_binary_terms(z, truth), valid)
+    pixels, total = _cross_entropy_sums(*_prepare(logits, target, num_classes=1))
+    return total / pixels.clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -54,45 +47,39 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     That is logsumexp(z) - z[true class]. Shapes, result and errors as in `binary_cross_entropy`, but for logits
     (B, K, H, W) with K of at least 2 and labels 0..K-1.
     """
-    z, truth, valid = _prepare(logits, target, num_classes=None)
-    if z.shape[1] == 1:
+    pixels, total = _cross_entropy_sums(*_prepare(logits, target))
+    if logits.shape[1] == 1:
         raise UserError("cross_entropy got logits with one channel, expected at least 2: use binary_cross_entropy")
-    return _valid_mean(_multiclass_terms(z, truth), valid)
+    return total / pixels.clamp(min=1)
 
 
 def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - 2·Σ p·y / (Σ p + Σ y), sums over all valid pixels of the batch.
+    """1 - 2·Σ p·y / (Σ p + Σ y), sums over all valid pixels of the batch; multi-class: the mean over all K classes.
+
+    A class that no valid pixel belongs to adds 0 (as in `segmentation_models_pytorch`): only cross-entropy punishes its
+    false positives, and a class's weight is the same whichever others are in the batch. Any other has a denominator of
+    at least 1, so nothing needs to be smoothed. Logits (B, 1, H, W) or (B, K, H, W) to a scalar from 0 to 1; all else
+    as in `binary_cross_entropy`.
 
     Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but without squares in the denominator, as is usual now.
-
-    Multi-class: the mean over all K classes, background included. A class that no valid pixel belongs to adds 0 (as in
-    `segmentation_models_pytorch`): only cross-entropy punishes its false positives, and the weight of a class does not
-    depend on which others happen to be in the batch. Any other class has a denominator of at least 1, so nothing needs
-    to be smoothed.
-
-    Types and errors as in `binary_cross_entropy`: logits (B, 1, H, W) or (B, K, H, W), target (B, H, W), to a scalar
-    from 0 to 1.
     """
-    z, truth, valid = _prepare(logits, target, num_classes=None)
-    return _dice_loss(*_dice_sums(z, truth, valid))
+    return _dice_loss(_dice_sums(*_prepare(logits, target)))
 
 
 class SegmentationLoss(nn.Module):
     """cross_entropy_weight · cross-entropy + dice_weight · soft Dice loss, over one process or over many.
 
     Binary (num_classes = 1) takes `binary_cross_entropy`, otherwise `cross_entropy`; see there and at `soft_dice_loss`.
+    Labels are checked on the CPU only, since looking at values would make a GPU wait at every step; `check_labels`
+    checks a data set once, before training.
 
-    Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S). (The mean of the L(s_r) is
-    something else as soon as processes differ in their numbers of valid pixels.) Its gradient is Σ_r L'(S)·∂s_r, but
-    DDP averages, i.e. gives (1/W)·Σ_r g_r. Therefore process r returns a scalar whose value is L(S), the same
-    everywhere and ready to be logged, and whose gradient is g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of
-    one process with the whole batch.
+    Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S) (not the mean of the L(s_r) unless
+    all have equally many valid pixels). Its gradient is Σ_r L'(S)·∂s_r, but DDP averages, i.e. gives (1/W)·Σ_r g_r.
+    Therefore process r returns a scalar whose value is L(S), ready to be logged, and whose gradient is
+    g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of one process with the whole batch.
 
     With `class_weights`, a number for each class (binary: background, foreground), the cross-entropy is the weighted
     mean over valid pixels, each with the weight of its true class, as in torch's `cross_entropy`.
-
-    Labels are checked against num_classes on the CPU only, since looking at values would make a GPU wait at every step;
-    `check_labels` checks a data set once, before training.
     """
 
     def __init__(
@@ -112,16 +99,11 @@ class SegmentationLoss(nn.Module):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The loss of the batch; with `reduce`, of the batches of all processes together.
+        """The loss of the batch, a scalar; with `reduce`, of all processes' batches, its gradient what DDP averages.
 
-        Args:
-            logits: (B, 1, H, W) or (B, K, H, W), any float type; computed in float32, also under autocast.
-            target: (B, H, W) int64; class indices, or 255 for pixels to ignore.
-            reduce: turns a float tensor into its sum over all processes, e.g.
-                `lambda sums: accelerator.reduce(sums, reduction="sum")`. Called once, by every process alike.
-
-        Returns:
-            A scalar: its value is the (global) loss, its gradient what DDP has to average.
+        Logits (B, 1, H, W) or (B, K, H, W) are of any float type and computed in float32, also under autocast; target
+        is (B, H, W) int64: class indices, or 255 for pixels to ignore. `reduce`, called once, by every process alike,
+        turns a float tensor into its sum over processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
         """
         local = self.sums(logits, target)
         if reduce is None:
@@ -133,41 +115,23 @@ class SegmentationLoss(nn.Module):
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
         """All that the loss needs of a batch, as sums over valid pixels; add them up over batches or processes.
 
-        Returns:
-            (2 + 3K,) float32: number of pixels (or their weights), Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
+        They are (2 + 3K,) float32: number (or weight) of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
         """
         z, truth, valid = _prepare(logits, target, self.num_classes)
-        terms = _binary_terms(z, truth) if self.num_classes == 1 else _multiclass_terms(z, truth)
-        weight = valid.to(z.dtype)
+        weight = valid
         if self.class_weights is not None:
-            label = target.masked_fill(target == IGNORE, 0)[:, None]
-            weight = weight * self.class_weights.to(z.device, z.dtype)[label]
-        pixels = torch.stack([weight.sum(), (terms * weight).sum()])
-        return torch.cat([pixels, *_dice_sums(z, truth, valid)])
+            labels = target.masked_fill(target == IGNORE, 0)[:, None]
+            weight = valid * self.class_weights.to(z.device)[labels]
+        return torch.cat([_cross_entropy_sums(z, truth, weight), _dice_sums(z, truth, valid)])
 
     def from_sums(self, sums: Tensor) -> Tensor:
         """The loss, a scalar, from (added up) `sums`. A whole validation set is best added up in float64."""
-        intersection, predicted, true = sums[2:].chunk(3)
-        cross_entropy = sums[1] / sums[0].clamp(min=1)
-        return self.cross_entropy_weight * cross_entropy + self.dice_weight * _dice_loss(intersection, predicted, true)
+        cross_entropy = sums[1] / sums[0].where(sums[0] > 0, 1)
+        return self.cross_entropy_weight * cross_entropy + self.dice_weight * _dice_loss(sums[2:])
 
 
-def _prepare(logits: Tensor, target: Tensor, num_classes: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, K, H, W) in float32 with 0 at ignored pixels, truth (B, K, H, W) bool, valid (B, 1, H, W) bool."""
-    _check_shapes(logits, target, num_classes)
-    num_classes = logits.shape[1]
-    if target.device.type == "cpu":
-        check_labels(target, num_classes)
-    valid = (target != IGNORE)[:, None]
-    first = 1 if num_classes == 1 else 0  # binary: the one channel is class 1
-    classes = torch.arange(first, first + num_classes, device=target.device)
-    truth = target[:, None] == classes[:, None, None]
-    # Zeroed here rather than at the end: an infinite logit at an ignored pixel must not reach sum or gradient as 0·inf.
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~valid, 0)
-    return z, truth & valid, valid
-
-
-def _check_shapes(logits: Tensor, target: Tensor, num_classes: int | None) -> None:
     if logits.ndim != 4 or num_classes not in (None, logits.shape[1]):
         expected = f"(batch, {num_classes or 'classes'}, height, width): one channel for binary, else one per class"
         raise UserError(f"logits have shape {tuple(logits.shape)}, expected {expected}")
@@ -179,27 +143,34 @@ def _check_shapes(logits: Tensor, target: Tensor, num_classes: int | None) -> No
     if not logits.is_floating_point() or target.dtype != torch.int64:
         types = f"logits are {logits.dtype} and target is {target.dtype}"
         raise UserError(f"{types}, expected floating point and torch.int64 class indices: use target.long()")
+    channels = logits.shape[1]
+    if target.device.type == "cpu":
+        check_labels(target, channels)
+    valid = (target != IGNORE)[:, None]
+    classes = torch.arange(channels, device=target.device) + (channels == 1)  # binary: the one channel is class 1
+    truth = target[:, None] == classes[:, None, None]
+    # Zeroed here rather than at the end: an infinite logit at an ignored pixel must not reach sum or gradient as 0·inf.
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(~valid, 0)
+    return z, truth & valid, valid
 
 
-def _binary_terms(z: Tensor, truth: Tensor) -> Tensor:
-    return F.softplus(z) - z * truth
+def _cross_entropy_sums(z: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+    """Sum of the pixels' weights (or which are valid), and weighted Σ cross-entropy, (2,)."""
+    if z.shape[1] == 1:
+        terms = F.softplus(z) - z * truth
+    else:
+        terms = z.logsumexp(1, keepdim=True) - (z * truth).sum(1, keepdim=True)
+    return torch.stack([weight.sum().to(z.dtype), (terms * weight).sum()])
 
 
-def _multiclass_terms(z: Tensor, truth: Tensor) -> Tensor:
-    return z.logsumexp(1, keepdim=True) - (z * truth).sum(1, keepdim=True)
-
-
-def _valid_mean(terms: Tensor, valid: Tensor) -> Tensor:
-    return (terms * valid).sum() / valid.sum().clamp(min=1)
-
-
-def _dice_sums(z: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ p·y, Σ p and Σ y over valid pixels, each (K,)."""
+def _dice_sums(z: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Per class Σ p·y, Σ p and Σ y over valid pixels, (3K,)."""
     probability = (z.sigmoid() if z.shape[1] == 1 else z.softmax(1)) * valid
     over = (0, 2, 3)
-    return (probability * truth).sum(over), probability.sum(over), truth.sum(over).to(z.dtype)
+    return torch.cat([(probability * truth).sum(over), probability.sum(over), truth.sum(over).to(z.dtype)])
 
 
-def _dice_loss(intersection: Tensor, predicted: Tensor, true: Tensor) -> Tensor:
+def _dice_loss(sums: Tensor) -> Tensor:
+    intersection, predicted, true = sums.chunk(3)
     loss = 1 - 2 * intersection / (predicted + true).clamp(min=1)  # the clamp only concerns absent classes
     return (loss * (true > 0)).mean()

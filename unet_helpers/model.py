@@ -1,8 +1,7 @@
-"""The U-Net, block by block: double convolution, down, up with its skip connection, and the network they make.
+"""The U-Net, block by block: activations, double convolution, down, up with its skip connection, and the network.
 
-Ronneberger, Fischer and Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015
-(arXiv:1505.04597). `UNet(1, 2, padding="valid", norm="none")` is the paper's network exactly; the defaults are what is
-used today: padding that keeps the size, and batch normalisation between every convolution and its activation.
+Source: Ronneberger, Fischer and Brox 2015, arXiv:1505.04597. `UNet(1, 2, padding="valid", norm="none")` is the paper's
+network exactly; the defaults are what is used today: padding that keeps the size, and batch normalisation.
 """
 
 import math
@@ -13,19 +12,59 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet_helpers.activations import make_activation
 from unet_helpers.config import ModelConfig, UserError, need
 
 
-def make_norm(norm: str, channels: int) -> nn.Module:
-    """Return the normalisation layer for `channels` feature maps: `none`, `batch` or `group`.
+class _PySiLUFunction(torch.autograd.Function):
+    """Value and gradient written out by hand: x⁺ + x⁻ q with q = 1 / (1 + x⁻²), and q (2 q - 1).
 
-    The number of groups is a power of two that divides the channels, at most 8, and leaves at least two channels in
-    each (a group of one channel at a single pixel would have nothing to normalise by).
+    Left to autograd, `where(x < 0, x / (1 + x * x), x)` gives NaN for -inf, a NaN gradient for +inf, overflows in half
+    precision from |x| = 256 on, and keeps intermediate results. Here q is 0 where x² overflows, and only x is kept.
     """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        negative = _negative_part(x)
+        return x.clamp(min=0) + (negative / (1 + negative * negative)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        q = _negative_part(*ctx.saved_tensors).square().add_(1).reciprocal_()
+        # (1 - x²) / (1 + x²)² = (2 - 1/q) q², which is 1 for x >= 0 too, where q = 1.
+        return gradient * q.mul(2).sub_(1).mul_(q).to(gradient.dtype)
+
+
+def _negative_part(x: torch.Tensor) -> torch.Tensor:
+    """Return min(x, 0), in float32 at least, with the lowest finite number for -inf (as inf · 0 would be NaN)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.clamp(-torch.finfo(wide.dtype).max, 0)
+
+
+class PySiLU(nn.Module):
+    """x for x >= 0 and x / (1 + x²) below, in shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN.
+
+    The gradient is 1 for x >= 0 (both sides agree at 0) and (1 - x²) / (1 + x²)² below: a dip that reaches -1/2 at
+    x = -1 and fades like 1/x, never quite dead on the negative side, as SiLU's is, but without an exponential.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the function's values."""
+        return _PySiLUFunction.apply(x)
+
+
+# None works in place, so that what a hook sees on the layer before is what that layer computed.
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish}
+ACTIVATIONS["pysilu"] = PySiLU
+
+
+def make_norm(norm: str, channels: int) -> nn.Module:
+    """Return the normalisation layer for `channels` feature maps: `none`, `batch` or `group`."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
+        # A power of two, at most 8, that divides the channels and leaves two or more in each group: one channel at a
+        # single pixel would have nothing to normalise by.
         return nn.GroupNorm(max(1, math.gcd(16, channels) // 2), channels)
     return nn.Identity()
 
@@ -39,10 +78,10 @@ class DoubleConv(nn.Module):
         options = {"kernel_size": 3, "padding": 1 if padding == "same" else 0, "bias": norm == "none"}
         self.conv1 = nn.Conv2d(in_channels, out_channels, **options)
         self.norm1 = make_norm(norm, out_channels)
-        self.act1 = make_activation(activation)
+        self.act1 = ACTIVATIONS[activation]()
         self.conv2 = nn.Conv2d(out_channels, out_channels, **options)
         self.norm2 = make_norm(norm, out_channels)
-        self.act2 = make_activation(activation)
+        self.act2 = ACTIVATIONS[activation]()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the feature maps."""
@@ -67,8 +106,8 @@ class Up(nn.Module):
     """One step up: double height and width, put the skip connection beside the result, then a double convolution.
 
     `transpose` learns the up-sampling (2×2, stride 2: every input pixel becomes four output pixels of its own).
-    `bilinear` interpolates after a 1×1 convolution, which gives the same as the other way round (both are linear, and
-    the weights of the interpolation add up to 1) for a quarter of the work.
+    `bilinear` interpolates after a 1×1 convolution: the same as before it (both are linear, and the interpolation's
+    weights add up to 1) for a quarter of the work.
     """
 
     def __init__(self, in_channels: int, out_channels: int, upsampling: str = "transpose", **options):
@@ -76,10 +115,8 @@ class Up(nn.Module):
         if upsampling == "transpose":
             self.up = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2)
         else:
-            self.up = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size=1),
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
-            )
+            mix = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+            self.up = nn.Sequential(mix, nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
         self.conv = DoubleConv(2 * out_channels, out_channels, **options)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -92,21 +129,15 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """A U-Net with `len(widths)` levels: images (B, in_channels, H, W) to logits (B, num_classes, H', W').
 
-    With padding `same`, H' = H and W' = W for any size: the image is extended at the bottom and on the right by
-    repeating its last row and column until `stride` divides it, and the output is cut back. With `valid`, each output
-    pixel has seen real pixels only and H' = `output_size(H)` is smaller: that of the largest fitting centre of the
-    image, so `center_crop(mask, logits.shape[-2:])` is the matching target for any size.
-
-    The settings are those of `config.ModelConfig`; dropout sets whole channels to 0 at the bottom during training.
+    With padding `same`, H' = H and W' = W for any size: `pad_to_multiple` extends the image, and the output is cut
+    back. With `valid`, each output pixel has seen real pixels only and H' = `output_size(H)` is smaller: that of the
+    image's largest fitting centre, so `center_crop(mask, logits.shape[-2:])` is the matching target for any size.
+    Raises `UserError` for a setting out of range (see `config.ModelConfig`) and for an image too small for `valid`.
 
     Attributes:
         stride: how many input pixels one pixel at the bottom stands for, along one side.
         border: by how many pixels the output is smaller on each side; 0 for `same`.
-        receptive_field_radius: how far from an output pixel an input pixel may lie and still have a say in it
-            (group normalisation's statistics, though, see the whole image).
-
-    Raises:
-        UserError: a setting is out of its range; or, in `forward`, an image is too small for `valid`.
+        receptive_field_radius: how far off an input pixel may lie that has a say in an output pixel (group norm aside).
     """
 
     def __init__(
@@ -128,6 +159,7 @@ class UNet(nn.Module):
         need(norm in ("none", "batch", "group"), "norm", norm, "none, batch or group")
         need(upsampling in ("transpose", "bilinear"), "upsampling", upsampling, "transpose or bilinear")
         need(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
+        need(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
         steps = list(pairwise(widths))
         options = {"padding": padding, "norm": norm, "activation": activation}
@@ -154,12 +186,10 @@ class UNet(nn.Module):
             x = pad_to_multiple(x, self.stride)
         else:
             x = center_crop(x, [self.output_size(side) + 2 * self.border for side in (height, width)])
-        x = self.stem(x)
-        skips = []
+        skips = [self.stem(x)]
         for down in self.downs:
-            skips.append(x)
-            x = down(x)
-        x = self.dropout(x)
+            skips.append(down(skips[-1]))
+        x = self.dropout(skips.pop())
         for up in self.ups:
             x = up(x, skips.pop())
         return self.head(x)[..., :height, :width]
@@ -170,9 +200,8 @@ class UNet(nn.Module):
             return size
         # b pixels out of the bottom become 2^d b - 4 (2^d - 1) on the way up, so outputs are 4 more than a multiple.
         output = (size - 2 * self.border - 4) // self.stride * self.stride + 4
-        if output < 1:
-            rule = f"at least {self.valid_input_size(1)} for valid padding and {len(self.downs) + 1} levels"
-            raise UserError(f"an image side is {size} pixels, but it must be {rule}.")
+        rule = f"at least {self.valid_input_size(1)} for valid padding and {len(self.downs) + 1} levels"
+        need(output >= 1, "an image side", f"{size} pixels", rule)
         return output
 
     def valid_input_size(self, size: int) -> int:
@@ -195,33 +224,28 @@ def center_crop(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
     """Repeat the last row and column of (B, C, H, W) until `stride` divides height and width."""
-    height, width = x.shape[-2:]
-    if height % stride or width % stride:
-        # Zeros would draw an edge there, and mirroring needs an image larger than what is added.
-        x = F.pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
-    return x
+    bottom, right = (-side % stride for side in x.shape[-2:])
+    # Zeros would draw an edge there, and mirroring needs an image larger than what is added.
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
 def initialise(module: nn.Module) -> None:
     """Draw a convolution's weights so that signals neither grow nor fade with depth (He et al., arXiv:1502.01852).
 
     In front of an activation, which keeps about half the signal's power, the variance is 2 / fan-in (ReLU's gain; the
-    others' differ little). An up-convolution (each output pixel is fed by one pixel of each channel) and 1×1
-    convolutions have no activation: 1 / fan-in. Biases start at 0.
+    others' differ little); an up-convolution (each output pixel is fed by one pixel of each channel) and 1×1
+    convolutions have none: 1 / fan-in. Biases start at 0.
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         linear = isinstance(module, nn.ConvTranspose2d) or module.kernel_size == (1, 1)
-        fan_in = module.in_channels if linear else module.in_channels * math.prod(module.kernel_size)
-        nn.init.normal_(module.weight, std=math.sqrt((1 if linear else 2) / fan_in))
+        gain, area = (1, 1) if linear else (2, math.prod(module.kernel_size))
+        nn.init.normal_(module.weight, std=math.sqrt(gain / (module.in_channels * area)))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Return the network `config` describes, with fresh weights: our `UNet`, or one of segmentation_models_pytorch.
-
-    Both take images of any size and have `UNet`'s attributes. Raises `UserError` for a setting that cannot be met.
-    """
+    """Return `config`'s network, a `UNet` or `PretrainedNet`, fresh; `UserError` for a setting that cannot be met."""
     if config.architecture == "unet":
         own = ("in_channels", "num_classes", "widths", "padding", "norm", "activation", "upsampling", "dropout")
         return UNet(**{name: getattr(config, name) for name in own})

@@ -1,6 +1,6 @@
 """Networks of segmentation_models_pytorch, made to behave like our own `UNet`, and the weights of their encoders.
 
-The architectures are theirs (Iakubovskii, 2019, github.com/qubvel-org/segmentation_models.pytorch); added here: any
+The architectures are theirs (Iakubovskii 2019, github.com/qubvel-org/segmentation_models.pytorch); added here: any
 image size goes in and comes out, and whatever cannot be built or loaded ends in one clear line.
 """
 
@@ -22,13 +22,12 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each 
 class PretrainedNet(nn.Module):
     """The network `config` names: images (B, in_channels, H, W) to logits (B, num_classes, H, W) for any H and W.
 
-    Sizes are met as in `UNet` with `same` padding. Of the settings, `architecture`, `encoder`, `encoder_weights`,
-    `in_channels` and `num_classes` count; all others are the architecture's own. `encoder_weights` is None (random),
-    `imagenet` (downloaded, or from the download cache), or a file (.safetensors, or .pth) with an encoder's state_dict
-    as torchvision, timm or smp publish it.
+    Of the settings, `architecture`, `encoder`, `encoder_weights`, `in_channels` and `num_classes` count. The weights
+    are None (random), `imagenet` (downloaded, or from the download cache), or a file (.safetensors, or .pth) with an
+    encoder's state_dict as torchvision, timm or smp publish it.
 
-    Attributes are those of `UNet`, and `net`, the network as smp built it. `receptive_field_radius` is a guide for
-    overlapping tiles only: an encoder could mostly see the whole image, but gives little weight to what is far away.
+    Attributes are those of `UNet` with `same` padding, and `net`, the network as smp built it. `receptive_field_radius`
+    is a guide for overlapping tiles only: most encoders see the whole image, but give little weight to what is far off.
     Raises `UserError` if architecture or encoder are unknown or do not go together, or the weights cannot be loaded.
     """
 

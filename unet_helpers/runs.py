@@ -1,8 +1,7 @@
 """A run lives in a folder: five published files, and `state/` with what resuming needs.
 
-`state/last.safetensors` holds the weights, their average over time, the optimiser and, as JSON in the file's header,
-the progress. It is one file, so that it cannot fall apart: whatever moment training is killed in, it is that of one
-finished epoch. The other files follow from it or can be made again.
+`state/last.safetensors` holds the weights, their average over time, the optimiser and, as JSON in its header, the
+progress. It is one file, so that whatever moment training is killed in, it is that of one finished epoch.
 """
 
 import csv
@@ -18,7 +17,7 @@ from torch import nn
 from unet_helpers.config import Config, UserError, dump_config, load_config, one_line, to_dict
 from unet_helpers.model import build_model
 from unet_helpers.plots import plot_history, to_png
-from unet_helpers.system import make_folder, read_tensors, write_tensors, write_whole
+from unet_helpers.system import make_folder, read_tensors, without_nan, write_tensors, write_whole
 
 PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
 COLUMNS = (
@@ -82,15 +81,12 @@ class Progress:
     best_epoch: int = 0  # the one with the highest validation Dice so far, whose weights are `model.safetensors`
     history: list[dict] = field(default_factory=list)  # a row of `COLUMNS` for the untrained network and each epoch
 
-    def record(
-        self, step: int, rate: float, train_loss: float | None, speed: float | None, seconds: float, scores: dict
-    ):
+    def record(self, step: int, rate: float, loss: float | None, speed: float | None, seconds: float, scores: dict):
         """Add a row for the epoch that has just ended, and note whether it is the best."""
-        row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": train_loss}
+        row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": loss}
         row |= {f"val_{name}": scores[name] for name in ("loss", "accuracy", "correct", "total", "dice", "threshold")}
-        row |= {"images_per_second": speed, "seconds": seconds}
-        row = {key: None if value != value else value for key, value in row.items()}  # NaN
-        best = next((old["val_dice"] for old in self.history if old["epoch"] == self.best_epoch), None)
+        row = without_nan(row | {"images_per_second": speed, "seconds": seconds})
+        best = self.history[self.best_epoch]["val_dice"] if self.history else None
         # Where Dice is undefined (nothing to find in the validation images) the latest epoch is taken.
         if best is None or row["val_dice"] is None or row["val_dice"] > best:
             self.best_epoch = self.epoch
@@ -110,10 +106,7 @@ class Progress:
 
 
 def new_run(run: Path, config: Config, resume: bool) -> None:
-    """Make the run folder and write its settings; with `resume`, check that an unfinished run of the same is there.
-
-    Raises `UserError` if the folder cannot be used.
-    """
+    """Make the run folder with its settings, or check the one to `resume`; `UserError` if it cannot be used."""
     last = run / "state" / "last.safetensors"
     if resume:
         if (run / "metrics.json").is_file():
@@ -135,20 +128,15 @@ def new_run(run: Path, config: Config, resume: bool) -> None:
 def result_settings(config: Config) -> dict:
     """The settings that decide the result, as {"section.name": value}; where data lies and speed do not."""
     free = {"data.root", "training.workers", "training.device", "training.tensorboard", "training.keep_every_epoch"}
-    flat = {"seed": config.seed}
-    for section, values in to_dict(config).items():
-        if isinstance(values, dict):
-            flat |= {f"{section}.{name}": value for name, value in values.items()}
+    sections = to_dict(config)
+    flat = {"seed": sections.pop("seed")}
+    for section, values in sections.items():
+        flat |= {f"{section}.{name}": value for name, value in values.items()}
     return {key: value for key, value in flat.items() if key not in free}
 
 
-def save_epoch(
-    run: Path, config: Config, progress: Progress, network: nn.Module, average: nn.Module, optimiser, scaler
-) -> None:
-    """Write the checkpoint of a finished epoch, the best weights if they are new, and the history.
-
-    The order matters: the checkpoint is last among the weights, so that whatever it claims to exist does exist.
-    """
+def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module, average, optimiser, scaler) -> None:
+    """Write the epoch's weights if they are the best, then the checkpoint: what that claims to exist does exist."""
     best = average.module.state_dict()
     if progress.best_epoch == progress.epoch:
         write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})
@@ -164,7 +152,7 @@ def save_epoch(
     write_history(run, progress.history)
 
 
-def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, scaler) -> Progress:
+def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Progress:
     """Put everything back as it was after the last finished epoch; without a checkpoint, begin at the beginning."""
     path = run / "state" / "last.safetensors"
     if not path.is_file():
@@ -184,10 +172,9 @@ def load_state(run: Path, network: nn.Module, average: nn.Module, optimiser, sca
         optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
         if scaler and (saved := json.loads(header["scaler"])):  # empty after training without one
             scaler.load_state_dict(saved)
-        progress = Progress(**json.loads(header["progress"]))
+        return Progress(**json.loads(header["progress"]))
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: does not fit this run's settings ({one_line(error)}); start a new run.") from error
-    return progress
 
 
 def write_history(run: Path, history: list[dict]) -> None:
@@ -202,11 +189,10 @@ def write_history(run: Path, history: list[dict]) -> None:
 
 def read_history(path: Path | str) -> list[dict]:
     """Rows of a `history.csv` as dictionaries of numbers, None where a cell is empty."""
-    path = Path(path)
+    whole = ("epoch", "step", "val_correct", "val_total")
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        whole = ("epoch", "step", "val_correct", "val_total")
         return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in rows]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a training history: {error}") from None

@@ -8,6 +8,7 @@ units of the field of view's radius, and noise per pixel comes last, so a seed g
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import cv2
@@ -39,10 +40,9 @@ class SampleRetina:
 
 
 def make_retina(seed: int | Sequence[int], size: int | tuple[int, int] = 256) -> SampleRetina:
-    """Draw the retina that belongs to a seed.
+    """Draw the retina that belongs to a seed: a whole number from 0, or several, such as `(split, index)`.
 
-    The seed is a whole number from 0, or several, such as `(split, index)`; the size is height and width in pixels, or
-    one number for both, at least 32. Raises `UserError` for anything else.
+    The size is height and width in pixels, or one number for both, at least 32. `UserError` for anything else.
     """
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int | np.integer) and side >= MIN_SIZE for side in sides):
@@ -106,8 +106,8 @@ def _background(rng: np.random.Generator, eye: _Eye) -> np.ndarray:
     disc_light = np.float32([0.98, 0.82, 0.48]) * np.float32(rng.uniform(0.85, 1.05)) + 0.15 * np.exp(-4 * away**2)
     light *= 1 + 0.2 * np.exp(-(away**2) / 4)
     light += 0.85 / (1 + np.exp((np.minimum(away, 3) - 1) * 14)) * (disc_light - light)
-    for colour, most in (([0.92, 0.78, 0.42], 14), ([0.36, 0.10, 0.07], 14)):  # exudates, haemorrhages
-        spots = _spots(rng, eye, rng.integers(0, most + 1))[..., None]
+    for colour in ([0.92, 0.78, 0.42], [0.36, 0.10, 0.07]):  # exudates, haemorrhages
+        spots = _spots(rng, eye, rng.integers(0, 15))[..., None]
         light += 0.8 * spots * (np.float32(colour) - light)
     return light
 
@@ -141,15 +141,14 @@ def _grow_tree(rng: np.random.Generator, eye: _Eye) -> list[tuple[int, np.ndarra
     """Kind, points (n, 2) and widths (n,) of every vessel, grown breadth first: thin ones end at thick ones."""
     thickness, tortuosity = rng.uniform(0.9, 1.1), rng.uniform(0.15, 0.45)
     shoots, tree = [], []
-    for kind in (ARTERY, VEIN):
-        for up in (-1, 1):
-            for start, end, turn, width, length in (
-                (rng.normal(88, 9), rng.normal(-3, 7), rng.uniform(0.38, 0.58), 1, 2.3),  # arcade round the macula
-                (rng.normal(115, 9), rng.normal(150, 14), 0.3, rng.uniform(0.6, 0.8), 1.2),  # to the nose
-                (rng.normal(35, 12), rng.normal(12, 8), 0.3, rng.uniform(0.3, 0.42), 0.7),  # to the macula
-            ):
-                origin, (start, end) = eye.disc + rng.normal(0, 0.025, 2), up * np.radians([start, end])
-                shoots.append(_Shoot(kind, origin, start, end, turn, TRUNK_WIDTH[kind] * width * thickness, length))
+    for kind, up in product((ARTERY, VEIN), (-1, 1)):
+        for start, end, turn, width, length in (
+            (rng.normal(88, 9), rng.normal(-3, 7), rng.uniform(0.38, 0.58), 1, 2.3),  # arcade round the macula
+            (rng.normal(115, 9), rng.normal(150, 14), 0.3, rng.uniform(0.6, 0.8), 1.2),  # to the nose
+            (rng.normal(35, 12), rng.normal(12, 8), 0.3, rng.uniform(0.3, 0.42), 0.7),  # to the macula
+        ):
+            origin, (start, end) = eye.disc + rng.normal(0, 0.025, 2), up * np.radians([start, end])
+            shoots.append(_Shoot(kind, origin, start, end, turn, TRUNK_WIDTH[kind] * width * thickness, length))
     taken = np.zeros((3, 100, 100), bool)  # cells of 0.025 in which a vessel of this kind runs already
     for shoot in shoots:  # a list that grows as we go
         points, headings = _path(rng, shoot, tortuosity)
@@ -201,9 +200,8 @@ def _fixed(points: np.ndarray) -> np.ndarray:
 def _draw_tree(tree: list[tuple[int, np.ndarray, np.ndarray]], eye: _Eye) -> np.ndarray:
     """Float32 (H, W, 4) in [0, 1]: share of a pixel under arteries and under veins, depth of blood, light reflex."""
     canvas = np.zeros((eye.shape[0] * SUPERSAMPLING, eye.shape[1] * SUPERSAMPLING, 4), np.uint8)
-    for kind, points, widths in sorted(tree, key=lambda vessel: vessel[2][0]):  # thick ones run above thin ones
-        if widths[0] * eye.radius < 0.45:  # cannot be seen at this resolution
-            continue
+    seen = [vessel for vessel in tree if vessel[2][0] * eye.radius >= 0.45]  # at this resolution
+    for kind, points, widths in sorted(seen, key=lambda vessel: vessel[2][0]):  # thick ones run above thin ones
         depth = 255 * min(0.4 + 0.6 * widths.mean() / TRUNK_WIDTH[ARTERY], 1)
         points = (eye.pixels(points) + 0.5) * SUPERSAMPLING - 0.5
         ahead = np.gradient(points, axis=0)

@@ -1,16 +1,14 @@
 """How good a segmentation is, and how sure that is: plain functions of pixel counts, which `metrics` collects.
 
-Counts are pooled over all pixels of all images first, and the score is computed from them once. A score that is 0/0
-is NaN, and `undefined` says why; it is never 0 or 1 by accident. (Predicting nothing where there is something to be
-found is no such case: its Dice is 0.)
+Counts are pooled over all pixels of all images first, and the score is computed from them once. 0/0 is NaN, and
+`undefined` says why. (Predicting nothing where there is something to be found is no such case: its Dice is 0.)
 
-With other test images the score would have been another one. The bootstrap imitates that: it draws as many images
-again, with replacement, pools their counts and computes the score anew, thousands of times. Images are drawn and not
-pixels, because the pixels of one image stand or fall together.
+The bootstrap imitates other test images: thousands of times it draws as many again, with replacement, and computes the
+score anew. Images are drawn and not pixels, because the pixels of one image stand or fall together.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -91,8 +89,7 @@ def undefined(values: dict) -> dict[str, str]:
 def defined_mean(values) -> np.ndarray:
     """Mean over the last axis of the values that are not NaN; NaN where there are none."""
     values = np.asarray(values, dtype=np.float64)
-    there = ~np.isnan(values)
-    return ratio(np.where(there, values, 0).sum(-1), there.sum(-1))
+    return ratio(np.nansum(values, -1), (~np.isnan(values)).sum(-1))
 
 
 def cldice(counts) -> np.ndarray:
@@ -119,7 +116,11 @@ def ratio(numerator, denominator) -> np.ndarray:
 def bootstrap_interval(
     counts, score: Score, samples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, over images, of a score that is computed from pooled counts (Efron 1979).
+    """Percentile bootstrap interval (low, high), over images, of a score computed from pooled counts (Efron 1979).
+
+    Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends are NaN
+    when no draw is left and for one single image (`ONE_IMAGE` is the reason to print). Raises `UserError` if a shape or
+    setting is not as below.
 
     Args:
         counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs of different seeds:
@@ -129,19 +130,8 @@ def bootstrap_interval(
         samples: how often to draw.
         seed: the same seed gives the same interval.
         level: share of the draws that lie in the interval, between 0 and 1.
-
-    Returns:
-        (low, high), without the draws in which the score is undefined (no positive pixel in any image drawn, say).
-        Both are NaN when no draw is left and for one single image (`ONE_IMAGE` is the reason to print).
-
-    Raises:
-        UserError: a shape or setting is not as above.
     """
-    counts = _checked(counts, samples, level)
-    if counts.shape[1] == 1:
-        return float("nan"), float("nan")
-    draws = [_seed_mean(_pooled(score, counts, images), seeds) for seeds, images in _draws(counts, samples, seed)]
-    return _percentiles(np.concatenate(draws), level)
+    return _bootstrap(_checked(counts, samples, level), score, samples, seed, level)
 
 
 def paired_difference(
@@ -149,28 +139,26 @@ def paired_difference(
 ) -> dict[str, float | bool]:
     """Score of A minus score of B with its bootstrap interval: the same images (and seeds) are drawn for both.
 
-    An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel.
+    An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel. Arguments and
+    errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s beside seed s
+    of A, and of a score larger must be better.
 
-    Arguments and errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s
-    beside seed s of A, and of a score larger must be better.
-
-    Returns:
-        `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether A is better
-        than B, i.e. the whole interval lies above 0. With one image the interval is NaN and `better` is False. Five
-        seeds are few, and the bootstrap makes the interval of so few somewhat too narrow: mistrust a close call.
+    Returns `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether the whole
+    interval lies above 0. With one image the interval is NaN and `better` is False. The interval of as few as five
+    seeds is somewhat too narrow: mistrust a close call.
     """
     a, b = _checked(counts_a, samples, level), _checked(counts_b, samples, level)
     if a.shape != b.shape:
         remedy = "compare the same images with the same number of seeds"
         raise UserError(f"counts have shapes {np.shape(counts_a)} and {np.shape(counts_b)}, expected equal: {remedy}")
+    pairs = np.stack([a, b], axis=2)  # (S, N, 2, ..., 4)
 
-    def differences(images: np.ndarray) -> np.ndarray:
-        return _pooled(score, a, images) - _pooled(score, b, images)
+    def difference(pooled: np.ndarray) -> np.ndarray:
+        values = np.asarray(score(pooled), dtype=np.float64)
+        return values[..., 0] - values[..., 1]
 
-    difference = float(differences(np.ones((1, a.shape[1]))).mean())
-    draws = [_seed_mean(differences(images), seeds) for seeds, images in _draws(a, samples, seed)]
-    low, high = _percentiles(np.concatenate(draws), level) if a.shape[1] > 1 else (float("nan"), float("nan"))
-    return {"difference": difference, "low": low, "high": high, "better": low > 0}
+    low, high = _bootstrap(pairs, difference, samples, seed, level)
+    return {"difference": float(difference(pairs.sum(1)).mean()), "low": low, "high": high, "better": low > 0}
 
 
 def _checked(counts, samples: int, level: float) -> np.ndarray:
@@ -186,35 +174,25 @@ def _checked(counts, samples: int, level: float) -> np.ndarray:
     return counts
 
 
-def _draws(counts: np.ndarray, samples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """How often each seed (n, S) and each image (n, N) was drawn, n draws at a time to bound the memory."""
-    rng = np.random.default_rng(seed)
+def _bootstrap(counts: np.ndarray, score: Score, samples: int, seed: int, level: float) -> tuple[float, float]:
+    """The interval of `bootstrap_interval`, for counts (S, N, ..., 4) and a score that takes (..., 4)."""
     runs, images = counts.shape[:2]
-    at_once = max(1, 4_000_000 // (images + runs))
+    rng, draws = np.random.default_rng(seed), []
+    at_once = max(1, 4_000_000 // (images + runs))  # bounds the memory
     for start in range(0, samples, at_once):
         n = min(at_once, samples - start)
-        yield _multiplicities(rng, n, runs), _multiplicities(rng, n, images)
+        run_drawn, image_drawn = _multiplicities(rng, n, runs), _multiplicities(rng, n, images)
+        pooled = np.tensordot(image_drawn, counts, axes=(1, 1))  # (n, S, ..., 4); whole numbers, so exact in any order
+        # A run whose score is NaN must not make the mean NaN unless it was drawn.
+        draws.extend(np.where(run_drawn > 0, score(pooled) * run_drawn, 0).sum(1) / runs)
+    draws = [draw for draw in draws if not math.isnan(draw)]
+    if images == 1 or not draws:
+        return math.nan, math.nan
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _multiplicities(rng: np.random.Generator, n: int, things: int) -> np.ndarray:
+    """How often each of the things is among as many drawn with replacement, n times: (n, things)."""
     drawn = rng.integers(things, size=(n, things)) + things * np.arange(n)[:, None]
     return np.bincount(drawn.ravel(), minlength=n * things).reshape(n, things).astype(np.float64)
-
-
-def _pooled(score: Score, counts: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Scores (n, S) of the counts pooled over the images drawn, (n, N)."""
-    pooled = np.tensordot(images, counts, axes=(1, 1))  # (n, S, ..., 4); whole numbers, so exact in any order
-    return np.asarray(score(pooled), dtype=np.float64)
-
-
-def _seed_mean(scores: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Mean over the seeds drawn, which one that was not drawn must not make NaN."""
-    return np.where(seeds > 0, scores * seeds, 0).sum(1) / seeds.sum(1)
-
-
-def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
-    draws = draws[~np.isnan(draws)]
-    if draws.size == 0:
-        return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -19,21 +19,20 @@ from unet_helpers.config import RunError, UserError, one_line
 
 def find_device(name: str = "auto") -> torch.device:
     """The device called `name`, or `UserError` if it is not there; `auto` takes CUDA, Apple's MPS, or the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available.get(name, False):
-        there = ", ".join(device for device, there in available.items() if there)
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [device for device, there in devices.items() if there]
+    if name not in ("auto", *found):
+        there = ", ".join(found)
         raise UserError(f"the device asked for is {name}, but torch finds no such device here (it finds: {there}).")
-    return torch.device(name)
+    return torch.device(found[0] if name == "auto" else name)
 
 
 def find_precision(name: str, device: torch.device) -> str:
     """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`.
 
-    `auto` asks what the hardware computes in natively. A T4 (compute capability 7.5) accepts bf16 and emulates it,
-    slowly, so bf16 needs capability 8.0 and fp16 with a gradient scaler is used below; a CPU needs bf16 instructions.
-    Raises `UserError` for fp16 on a device without a gradient scaler for it.
+    `auto` asks what the hardware computes in natively: a T4 (compute capability 7.5) emulates bf16, slowly, so below
+    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions. Raises `UserError` for fp16 on a
+    device without a gradient scaler for it.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
@@ -89,18 +88,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def without_nan(value: object) -> object:
-    """The same nested value with None for every NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+    """The same nested value, as JSON holds it, with None for every NaN."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all: a reader, or a crash, sees the old file or the new one, never a part.
 
-    The content goes to a neighbour first, is forced to the disk, and then takes the file's name in one step.
     Raises `RunError` if the disk is full or fails, `UserError` if the place cannot be written.
     """
     # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.

@@ -1,9 +1,8 @@
 """Train a network: one loop that runs the same on a CPU, on one GPU and, through `torchrun`, on several.
 
-An epoch is a number of steps followed by one validation, one line of report and one checkpoint. Nothing that happens in
-an epoch depends on what happened in another, other than through the weights and the optimiser: patches are drawn from
-(seed, epoch, index) and dropout from (seed, epoch). A checkpoint therefore holds everything, and a run that was killed
-and resumed ends with the weights of one that never was.
+An epoch is a number of steps followed by one validation, one line of report and one checkpoint. Epochs depend on each
+other through the weights and the optimiser alone: patches are drawn from (seed, epoch, index) and dropout from (seed,
+epoch). A checkpoint therefore holds everything, and a run killed and resumed ends with the weights of one that was not.
 
 Several processes share each batch. Gradients, losses and scores are those of the whole batch; only batch norm's
 statistics are each process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
@@ -36,29 +35,19 @@ from unet_helpers.system import describe_device, find_device, find_precision, me
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
-    """Train a network and write its run folder.
+    """Train a network, write its run folder and return the content of `metrics.json`, on the main process.
 
-    Args:
-        config: every setting. With `resume` it must be the interrupted run's, but for where and how fast it runs.
-        run: the run folder; it must not hold another run, unless `resume`.
-        resume: go on after the last finished epoch.
-        quiet: print nothing.
-
-    Returns:
-        The content of `metrics.json`: validation scores, the threshold chosen there, and how they came about.
-
-    Raises:
-        UserError: for wrong settings or data, before anything is written.
-        RunError: if the loss is no longer a number, memory or disk is full.
+    The folder `run` must not hold a run yet. To `resume`, it holds an interrupted one, which goes on after its last
+    finished epoch; `config` must then be that run's, but for where and how fast it runs. `quiet` prints nothing.
+    Raises `UserError` for wrong settings or data, before anything is written, and `RunError` if the loss is no longer a
+    number or if memory or disk is full.
     """
     check_config(config)
     run, settings = Path(run), config.training
     accelerator = make_accelerator(config, run)
-    main, device = accelerator.is_main_process, accelerator.device
-    processes = accelerator.num_processes
+    main, device, processes = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     if settings.batch_size % processes:
         raise UserError(f"training.batch_size is {settings.batch_size}: {processes} processes cannot share it evenly.")
-    num_classes = config.model.num_classes
     patches = TrainingPatches(samples_of(config, "train"), config)
     validation = WholeImages(samples_of(config, "val"), config, native=False)
     for index in range(len(validation)):
@@ -68,11 +57,12 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     network = build_model(config.model)
     network.output_size(config.augmentation.patch_size)  # patches too small for valid padding come out here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
-    )
+    decay, fused = settings.weight_decay, device.type != "mps"
+    optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=decay, fused=fused)
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
-    loss_function = SegmentationLoss(num_classes, settings.dice_weight, class_weights=settings.class_weights)
+    loss_function = SegmentationLoss(
+        config.model.num_classes, settings.dice_weight, class_weights=settings.class_weights
+    )
     if main:
         new_run(run, config, resume)
     accelerator.wait_for_everyone()
@@ -82,22 +72,18 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         write_history(run, progress.history)
 
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
-    total = steps * settings.epochs
-    first = progress.epoch * steps
-    batches = shared_batches(first, total, settings.batch_size, accelerator.process_index, processes)
+    total, process = steps * settings.epochs, accelerator.process_index
+    batches = shared_batches(progress.epoch * steps, total, settings.batch_size, process, processes)
     options = {"num_workers": settings.workers, "worker_init_fn": ignore_interrupt, "pin_memory": device.type == "cuda"}
     loader = iter(DataLoader(patches, batch_sampler=batches, **options))
 
     def close_epoch(rate: float, train_loss: float | None, speed: float | None, started: float) -> None:
-        for buffer in average.buffers():
-            broadcast(buffer)  # batch norm's statistics: every process validates the network that is saved
+        broadcast(list(average.buffers()))  # batch norm's statistics: every process validates the network that is saved
         scores = validate(average.module, validation, loss_function, accelerator)
         progress.record(progress.epoch * steps, rate, train_loss, speed, time.perf_counter() - started, scores)
         if main:
             save_epoch(run, config, progress, network, average, optimiser, accelerator.scaler)
-            if settings.tensorboard:
-                row = {name: value for name, value in progress.history[-1].items() if value is not None}
-                accelerator.log(row, step=progress.epoch)
+            accelerator.log(progress.history[-1], progress.epoch)  # to TensorBoard, if that is set
             if not quiet:
                 tqdm.write(progress.line(settings.epochs))
 
@@ -105,7 +91,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         if not progress.history:
             close_epoch(0.0, None, None, time.perf_counter())  # row 0: the untrained network
         for epoch in range(progress.epoch, settings.epochs):
-            torch.manual_seed(mix_seed(config.seed, epoch, accelerator.process_index))
+            mixed = np.random.SeedSequence([config.seed, epoch, process]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(mixed) >> 1)
             model.train()
             losses, started = torch.zeros((), device=device), time.perf_counter()
             bar = tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=quiet or not main, unit="step")
@@ -130,20 +117,18 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
             raise RunError("Batch norm has a single value to normalise: raise training.batch_size.") from error
         if not memory_is_full(error):
             raise
-        raise RunError(
-            f"The memory of {device} is full; lower training.batch_size (now {settings.batch_size}) or "
-            f"augmentation.patch_size (now {config.augmentation.patch_size}), then start again."
-        ) from error
+        sizes = f"training.batch_size (now {settings.batch_size}) or augmentation.patch_size"
+        remedy = f"lower {sizes} (now {config.augmentation.patch_size}), then start again."
+        raise RunError(f"The memory of {device} is full; {remedy}") from error
 
 
 def finish(
     run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages, names: list[str]
 ) -> dict:
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
-    metrics = {}
+    metrics, device, num_classes = {}, accelerator.device, config.model.num_classes
     if accelerator.is_main_process:
-        network, num_classes, device = load_network(run, config), config.model.num_classes, accelerator.device
-        network = network.to(device, memory_format=torch.channels_last)
+        network = load_network(run, config).to(device, memory_format=torch.channels_last)
         native = WholeImages(validation.samples, config)
         threshold = choose_threshold(network, native, device) if num_classes == 1 else None
         result = score_images(network, native, num_classes, device, threshold)
@@ -173,10 +158,9 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         AcceleratorState._reset_state(reset_partial_state=True)
-    # Some encoders have layers that the decoder does not use; our own network has none.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")
     return Accelerator(
-        kwargs_handlers=[unused],
+        # Some encoders have layers that the decoder does not use; our own network has none.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")],
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         log_with="tensorboard" if run and config.training.tensorboard else None,
@@ -234,11 +218,6 @@ def shared_batches(start: int, stop: int, batch_size: int, process: int, process
     return [range(first, first + share) for first in firsts]
 
 
-def mix_seed(*numbers: int) -> int:
-    """One seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
 def ignore_interrupt(worker: int) -> None:
     """Leave Ctrl-C to the main process, which ends its loader workers quietly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -247,7 +226,5 @@ def ignore_interrupt(worker: int) -> None:
 def check_finite(loss: Tensor, epoch: int, step: int) -> None:
     """Stop as soon as the loss is not a number: no checkpoint is written, the last one stays."""
     if not math.isfinite(loss.item()):
-        raise RunError(
-            f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}: try a lower training.learning_rate, "
-            "training.precision=fp32, or training.clip_norm=1."
-        )
+        remedy = "try a lower training.learning_rate, training.precision=fp32, or training.clip_norm=1."
+        raise RunError(f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}: {remedy}")

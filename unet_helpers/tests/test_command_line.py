@@ -257,7 +257,7 @@ def test_full_memory_outside_training_ends_in_one_line(monkeypatch, capsys):
         """Like an evaluation for which the memory does not suffice."""
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setitem(COMMANDS, "evaluate", (full, COMMANDS["evaluate"][1]))
+    monkeypatch.setitem(COMMANDS, "evaluate", full)
     assert main(["evaluate", "run"]) == 1
     assert "memory is full" in capsys.readouterr().err
 

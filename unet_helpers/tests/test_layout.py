@@ -12,8 +12,9 @@ ROOT = PACKAGE.parent
 # Bottom first; a module imports only from floors below its own.
 FLOORS = [
     ["config"],
-    ["system", "activations", "losses", "scores", "images", "sample_data", "augmentation", "plots"],
+    ["system", "losses", "scores", "images", "sample_data", "augmentation", "plots"],
     ["metrics", "model", "pairing"],
+    ["catalogue"],
     ["pretrained", "datasets", "runs"],
     ["prediction", "prepare"],
     ["evaluation"],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unet_helpers import model as package
-from unet_helpers.activations import ACTIVATIONS
+from unet_helpers.model import ACTIVATIONS
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "02_unet_block_by_block.ipynb"
 DEFINED = ("make_norm", "DoubleConv", "Down", "Up", "UNet", "center_crop", "pad_to_multiple", "initialise")
