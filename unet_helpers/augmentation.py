@@ -1,9 +1,8 @@
 """Random changes to a training image while it is on its way into the network: no two epochs show the same picture.
 
-Geometry comes first, in a single interpolation straight from the whole image into the patch; then flips, then changes
-of light and noise, which leave the mask alone. The mask and the field of view are interpolated by nearest neighbour, so
-that no class index is invented; whatever comes from outside the image is 255 in the mask and outside the field of view.
-Albumentations supplies flips, gamma and noise, and puts the steps in order.
+Geometry comes first, in a single interpolation straight from the whole image into the patch; then flips, light and
+noise. Mask and field of view are interpolated by nearest neighbour, so that no class index is invented; whatever comes
+from outside the image is 255 in the mask and outside the field of view.
 """
 
 import math
@@ -32,9 +31,8 @@ class RandomPatch(A.DualTransform):
     """Cut a square patch around a random point of the image: rotated, scaled and deformed in one interpolation.
 
     The centre lies anywhere in the image, so a pixel at the edge is seen half as often as one in the middle; patches
-    inside the image would almost never show it. The elastic deformation is the U-Net paper's (Ronneberger et al. 2015,
-    section 3.1): random displacements on a coarse 3 x 3 grid, interpolated bicubically, whose standard deviation is the
-    paper's 10 pixels for a patch of 512 and smaller in proportion.
+    inside the image would almost never show it. Elastic deformation as in Ronneberger et al. 2015, section 3.1: random
+    displacements on a 3 x 3 grid, interpolated bicubically, of standard deviation 10 · patch size / 512.
     """
 
     def __init__(self, size: int, rotation: float, scale: tuple[float, float], elastic: float):
@@ -52,34 +50,29 @@ class RandomPatch(A.DualTransform):
         cosine, sine = math.cos(angle) / magnification, math.sin(angle) / magnification
         matrix = np.array([[cosine, -sine, 0], [sine, cosine, 0]])
         matrix[:, 2] = [x, y] - matrix[:, :2] @ [middle, middle]
-        deformed = rng.random() < self.elastic
-        grid = rng.normal(0, 10 * self.size / 512, (3, 3, 2)) if deformed else None
+        grid = rng.normal(0, 10 * self.size / 512, (3, 3, 2)) if rng.random() < self.elastic else None
         return {"matrix": matrix, "grid": grid}
 
-    def apply(self, img: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, **params: Any) -> np.ndarray:
-        """Photograph to patch, linearly, 0 outside."""
-        return self._warp(img, matrix, grid, cv2.INTER_LINEAR, 0)
-
-    def apply_to_mask(self, mask: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, **params: Any) -> np.ndarray:
+    def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:
         """Mask (or field of view as 0/1) to patch, by nearest neighbour, 255 outside."""
-        return self._warp(mask, matrix, grid, cv2.INTER_NEAREST, IGNORE)
+        return self.apply(mask, interpolation=cv2.INTER_NEAREST, fill=IGNORE, **params)
 
-    def _warp(self, array: np.ndarray, matrix: np.ndarray, grid: np.ndarray | None, interpolation: int, fill: int):
+    def apply(self, img: np.ndarray, matrix, grid, interpolation=cv2.INTER_LINEAR, fill=0, **params: Any) -> np.ndarray:
+        """Photograph to patch, linearly, 0 outside."""
         # Only the window around the patch goes to OpenCV, which refuses images of more than 32767 pixels a side.
         corners = matrix @ np.array([[0, self.size, 0, self.size], [0, 0, self.size, self.size], [1, 1, 1, 1]])
         margin = 2 + (0 if grid is None else math.ceil(1.5 * np.abs(grid).max()))
         left, top = np.maximum(0, np.floor(corners.min(axis=1)).astype(int) - margin)
         right, bottom = np.maximum(1, np.ceil(corners.max(axis=1)).astype(int) + margin)
-        window = np.ascontiguousarray(array[top:bottom, left:right])
+        window = np.ascontiguousarray(img[top:bottom, left:right])
         matrix = matrix - [[0, 0, left], [0, 0, top]]
         options, size = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}, (self.size, self.size)
         if grid is None:
             return cv2.warpAffine(window, matrix, size, flags=interpolation | cv2.WARP_INVERSE_MAP, **options)
         rows, columns = np.mgrid[: self.size, : self.size].astype(np.float32)
-        moved = cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
-        straight = [matrix[axis, 0] * columns + matrix[axis, 1] * rows + matrix[axis, 2] for axis in (0, 1)]
-        source = moved + np.stack(straight, axis=-1)
-        return cv2.remap(window, source.astype(np.float32), None, interpolation, **options)
+        straight = [a * columns + b * rows + c for a, b, c in matrix]
+        moved = cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC) + np.stack(straight, axis=-1)
+        return cv2.remap(window, moved.astype(np.float32), None, interpolation, **options)
 
 
 class ChannelLight(A.ImageOnlyTransform):

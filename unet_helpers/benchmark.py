@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -23,10 +24,9 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     """Measure training and prediction with the configured model, data and device.
 
     Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
-    image that is predicted has `size` (height, width), by default DRIVE's. Returns, for the seconds of a training step,
-    of waiting for its data, of reading one image from its files and from memory or the cache (what lies between the
-    two is saved for every patch), and of predicting one image without and with flips, and for images per second,
-    {"median", "low", "high"}, the latter the quartiles; and `data_share`, of a step's time.
+    image predicted has `size` (height, width), by default DRIVE's. Returns `spread` of the seconds of a training step,
+    of waiting for its data (`data_share` of its time), of reading an image from its files, and from memory or cache
+    instead, and of predicting one without and with flips; and of the images trained on per second.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training
@@ -39,20 +39,19 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
     batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
     loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
-    waits, totals = [], []
+    times = []
     for _ in range(warmup + steps):
         started = clock(device)
         images, masks = next(loader)
         loaded = clock(device)
         train_step(model, optimiser, loss_function, accelerator, images, masks, 1e-4, settings.clip_norm)
-        waits.append(loaded - started)
-        totals.append(clock(device) - started)
-    waits, totals = np.array(waits[warmup:]), np.array(totals[warmup:])
+        times.append((loaded - started, clock(device) - started))
+    waits, totals = np.array(times[warmup:]).T
 
     plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(3, *size, device=device)
-    decoded, longest, samples = patches.decoded, config.data.longest_side, cycle(patches.decoded.samples)
-    turns = cycle(range(len(decoded)))
+    samples, turns = cycle(patches.decoded.samples), cycle(range(len(patches.decoded)))
+    timed = partial(measure, device=device, steps=steps, warmup=warmup)
     return {
         "device": describe_device(device),
         "precision": accelerator.mixed_precision,
@@ -64,24 +63,22 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
         "data_seconds": spread(waits),
         "data_share": float(waits.sum() / totals.sum()),
         "images_per_second": spread(settings.batch_size / totals),
-        "decode_seconds": spread(measure(lambda: decode(next(samples), longest), device, steps, warmup)),
-        "cached_seconds": spread(
-            measure(lambda: [np.array(part) for part in decoded[next(turns)]], device, steps, warmup)
-        ),
-        "predict_seconds": spread(measure(lambda: predict_probabilities(plain, image, False), device, steps, warmup)),
-        "predict_flips_seconds": spread(measure(lambda: predict_probabilities(plain, image), device, steps, warmup)),
+        "decode_seconds": timed(lambda: decode(next(samples), config.data.longest_side)),
+        "cached_seconds": timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]]),
+        "predict_seconds": timed(lambda: predict_probabilities(plain, image, False)),
+        "predict_flips_seconds": timed(lambda: predict_probabilities(plain, image)),
         "peak_memory_gib": peak_memory(device),
     }
 
 
-def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> np.ndarray:
-    """Seconds that each of `steps` runs of `work` takes."""
+def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
+    """The `spread` of the seconds that each of `steps` runs of `work` takes."""
     seconds = []
     for _ in range(warmup + steps):
         started = clock(device)
         work()
         seconds.append(clock(device) - started)
-    return np.array(seconds[warmup:])
+    return spread(np.array(seconds[warmup:]))
 
 
 def clock(device: torch.device) -> float:
@@ -95,8 +92,7 @@ def clock(device: torch.device) -> float:
 
 def spread(values: np.ndarray) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
-    return {"median": median, "low": low, "high": high}
+    return dict(zip(("median", "low", "high"), np.percentile(values, [50, 25, 75]).tolist(), strict=True))
 
 
 def peak_memory(device: torch.device) -> float:

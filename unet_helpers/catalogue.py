@@ -1,7 +1,7 @@
 """The public data sets: where their files lie, what the numbers in their labels mean, and how to get them.
 
-Each reader finds a set at any depth below a folder, checks that nothing is missing, and lists its pairs of image and
-mask. Which of them validate and test is decided elsewhere, unless the set brings its own standard split.
+Each reader finds a set at any depth below a folder, checks that it is whole, and lists its pairs of image and mask.
+`pairing` decides which of them validate and test, unless the set brings its own standard split.
 """
 
 import glob
@@ -15,7 +15,7 @@ import numpy as np
 
 from unet_helpers.config import IGNORE, DataConfig, UserError, one_line
 from unet_helpers.images import Meaning, list_images
-from unet_helpers.pairing import Pair, pair_by_name
+from unet_helpers.pairing import SPLITS, Pair, pair_by_name
 
 NYUV2_FILE = "nyu_depth_v2_labeled.mat"
 CARVANA_FOLDERS = ("train", "train_images", "val_images", "test_images")  # beside `train_hq`, and `test` without masks
@@ -57,49 +57,48 @@ def missing(name: str, root: Path, what: str) -> UserError:
 
 
 def read_public(name: str, root: Path, observer: int = 1) -> tuple[list[Pair], list[str], Meaning]:
-    """Pairs of the data set `name`, their groups, and what the values in their masks mean.
-
-    Raises `UserError` if it is not below `root`, or not whole, saying how to get it.
-    """
+    """Pairs of a data set, their groups, and what mask values mean; `UserError` unless all is below `root`."""
     if name.startswith("nyuv2"):
         pairs, meaning = read_nyuv2(root, int(name[-2:]))
-        return pairs, [(pair.folders or (pair.image.stem,))[0] for pair in pairs], meaning
+        return pairs, [pair.folders[0] if pair.folders else pair.image.stem for pair in pairs], meaning
     if name == "carvana":
         pairs = read_carvana(root)
         return pairs, [pair.image.name[:12] for pair in pairs], "binary"  # of the car; the angle follows
     if name == "camvid":
         pairs = read_camvid(root)
         return pairs, [pair.image.stem.split("_")[0] for pair in pairs], CAMVID_LABELS  # the film sequence
-    pairs = read_drive(root, observer) if name == "drive" else read_rite(root)
-    return pairs, [pair.image.stem for pair in pairs], "binary" if name == "drive" else RITE_COLOURS
+    pairs, meaning = (read_drive(root, observer), "binary") if name == "drive" else (read_rite(root), RITE_COLOURS)
+    return pairs, [pair.image.stem for pair in pairs], meaning
+
+
+def _find(root: Path | str, name: str) -> list[Path]:
+    """What is called `name` at any depth below `root`, the least deep first."""
+    found = glob.iglob(f"**/{name}", root_dir=root, recursive=True)  # unlike `rglob` it follows links
+    return sorted((Path(root, path) for path in found), key=lambda path: (len(path.parts), path))
 
 
 # ---- DRIVE and RITE
 def find_drive(root: Path | str) -> list[Path]:
     """Folders at any depth below `root` that hold DRIVE's `training` and `test`, the least deep first."""
-    found = glob.iglob("**/1st_manual", root_dir=root, recursive=True)  # unlike `rglob` it follows links
-    return sorted({Path(root, path).parent.parent for path in found}, key=lambda path: (len(path.parts), path))
+    return list(dict.fromkeys(path.parent.parent for path in _find(root, "1st_manual")))
 
 
 def read_drive(root: Path, observer: int = 1) -> list[Pair]:
-    """Find DRIVE's official layout at any depth below `root`: `{training,test}/{images,1st_manual,mask}`.
-
-    The second observer (`test/2nd_manual`) drew the test images only. Raises `UserError` for anything missing.
-    """
-    homes = find_drive(root)
+    """DRIVE's official layout, `{training,test}/{images,1st_manual,mask}`; in `test/2nd_manual` a second observer."""
+    homes, pairs = find_drive(root), []
     if not homes:
         raise missing("drive", root, "no DRIVE below it (no folder training/1st_manual)")
     if len(homes) > 1 and len(homes[1].parts) == len(homes[0].parts):
         raise UserError(f"{root}: DRIVE lies there twice, {homes[0]} and {homes[1]}: set data.root to one of them")
-    pairs = []
     for folder, split in (("training", "train"), ("test", "test"))[observer - 1 :]:
-        parts = [homes[0] / folder / part for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")]
-        images, *others = map(_by_number, parts)
-        for part, other in zip(parts[1:], others, strict=True):
-            if wrong := sorted(images.keys() ^ other.keys()):
-                lonely, place = (images[wrong[0]], part) if wrong[0] in images else (other[wrong[0]], parts[0])
-                raise UserError(f"{lonely}: no file of this number in {place}: unpack DRIVE again, all of it")
-        pairs += [Pair(images[key], others[0][key], split, field_of_view=others[1][key]) for key in images]
+        places = [homes[0] / folder / part for part in ("images", ("1st", "2nd")[observer - 1] + "_manual", "mask")]
+        images, masks, views = parts = [_by_number(place) for place in places]
+        for number in sorted(set().union(*parts)):
+            held = [part.get(number) for part in parts]
+            if None in held:
+                path, place = next(filter(None, held)), places[held.index(None)]
+                raise UserError(f"{path}: no file of this number in {place}: unpack DRIVE again, all of it")
+        pairs += [Pair(images[key], masks[key], split, field_of_view=views[key]) for key in images]
     return pairs
 
 
@@ -115,14 +114,10 @@ def _by_number(folder: Path) -> dict[str, Path]:
 
 
 def read_rite(root: Path) -> list[Pair]:
-    """DRIVE's images with RITE's arteries and veins, `AV_groundTruth/{training,test}/av`, for their masks.
-
-    The labels of the test images follow DRIVE's second observer, not the first.
-    """
-    homes = sorted(Path(root, path) for path in glob.iglob("**/AV_groundTruth", root_dir=root, recursive=True))
+    """DRIVE with RITE's masks, `AV_groundTruth/{training,test}/av`; the test ones follow DRIVE's second observer."""
+    homes, pairs = _find(root, "AV_groundTruth"), []
     if not homes:
         raise missing("rite", root, "no RITE below it (no folder AV_groundTruth)")
-    pairs = []
     for pair in read_drive(root):
         number = re.match(r"\d*", pair.image.name).group()
         masks = _by_number(homes[0] / ("training" if pair.split == "train" else "test") / "av")
@@ -134,17 +129,15 @@ def read_rite(root: Path) -> list[Pair]:
 
 # ---- Carvana and CamVid
 def read_carvana(root: Path) -> list[Pair]:
-    """Carvana as Kaggle's archives unpack (`train`, `train_masks`), or sorted into `{train,val,test}_{images,masks}`.
-
-    The folders' own split is not followed: it would put views of one car on both sides.
+    """Carvana as Kaggle's archives unpack (`train`, `train_masks`), or sorted into `{train,val,test}_{images,masks}`,
+    a split that is not followed, since it would put views of one car on both sides.
     """
     found = [Path(path) for path in glob.iglob("**/*_masks/*_mask.gif", root_dir=root, recursive=True)]
     masks = {root / path for path in found}
     homes = {root / next(p.parent for p in reversed(path.parents) if p.name.endswith("_masks")) for path in found}
     folders = [home / name for home in homes for name in CARVANA_FOLDERS]
-    images = sorted(
-        path for folder in folders for place in (folder, folder / folder.name) for path in place.glob("*.jpg")
-    )
+    folders += [folder / folder.name for folder in folders]
+    images = sorted(path for folder in folders for path in folder.glob("*.jpg"))
     if not images:
         raise missing("carvana", root, f"no Carvana below it ({len(images)} images, {len(masks)} masks)")
     by_name = {path.name.removesuffix("_mask.gif"): path for path in masks}
@@ -158,13 +151,11 @@ def read_carvana(root: Path) -> list[Pair]:
 
 def read_camvid(root: Path) -> list[Pair]:
     """CamVid in SegNet's form and with its split: `{train,val,test}` and `{train,val,test}annot`, 480 x 360."""
-    found = glob.iglob("**/trainannot", root_dir=root, recursive=True)
-    homes = sorted({Path(root, path).parent for path in found}, key=lambda path: (len(path.parts), path))
-    if not homes:
+    found, pairs = _find(root, "trainannot"), []
+    if not found:
         raise missing("camvid", root, "no CamVid below it (no folder trainannot)")
-    pairs = []
-    for split in ("train", "val", "test"):
-        images, masks = list_images(homes[0] / split), list_images(homes[0] / f"{split}annot")
+    for split in SPLITS:
+        images, masks = (list_images(found[0].parent / folder) for folder in (split, f"{split}annot"))
         pairs += [Pair(image, mask, split) for image, mask in pair_by_name(images, masks).items()]
     return pairs
 
@@ -172,10 +163,8 @@ def read_camvid(root: Path) -> list[Pair]:
 # ---- NYUv2
 @cache
 def nyuv2_table() -> dict[str, list]:
-    """The official class maps and split: `to_40` of the labels 1 to 894, `to_13` of 1 to 40, both counted from 1;
-    `names_40`, `names_13`; `train`, the numbers (from 1) of the training images, all others being test images.
-
-    Sources: Gupta et al. 2013 (40 classes); Couprie et al. 2013 (13 classes), Silberman et al. 2012 (split).
+    """The official class maps, `to_40` of labels 1 to 894 (Gupta et al. 2013) and `to_13` of 1 to 40 (Couprie et al.
+    2013), their names, and `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
     """
     return json.loads((Path(__file__).parent / "nyuv2.json").read_text(encoding="utf-8"))
 
@@ -191,11 +180,10 @@ def nyuv2_classes(source: int, target: int) -> dict[int, int]:
 
 
 def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:
-    """NYUv2's pairs and the meaning of its labels, for 13 or 40 classes.
+    """NYUv2's pairs and the meaning of its labels, for 13 or 40 classes; label 0 is unlabelled.
 
-    From the official file (MATLAB 7.3), whose pairs name it with the image's number from 0 and have the scene for a
-    folder, since views of one room belong together; or from label PNGs named `*_13` or `*_40` and pictures in a folder
-    `rgb`, where the number in the name, from 1, decides which split it belongs to. In both, label 0 is unlabelled.
+    From the official file (MATLAB 7.3), whose pairs have the image's number, from 0, and its scene for a folder, since
+    views of one room belong together; or from label PNGs `*_13` or `*_40` and pictures in `rgb`, numbered from 1.
     """
     if files := sorted(root.rglob(NYUV2_FILE)):
         with open_nyuv2(files[0]) as file:
@@ -213,14 +201,13 @@ def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:
             path = masks.get(lonely[0]) or images[lonely[0]]
             raise missing("nyuv2", path, "no partner of this number among the label PNGs and the folder `rgb`")
         pairs, numbers = [Pair(images[number], masks[number], "") for number in sorted(masks)], sorted(masks)
-    train = set(nyuv2_table()["train"])
-    splits = ["" if number in train else "test" for number in numbers]
-    return [p._replace(split=split) for p, split in zip(pairs, splits, strict=True)], nyuv2_classes(source, classes)
+    train, numbered = set(nyuv2_table()["train"]), zip(pairs, numbers, strict=True)
+    return [p._replace(split="" if n in train else "test") for p, n in numbered], nyuv2_classes(source, classes)
 
 
 def _number(stem: str) -> int:
     """The last number in a name, 0 if there is none."""
-    return int((re.findall(r"\d+", stem) or ["0"])[-1])
+    return int((re.findall(r"\d+", stem) or [0])[-1])
 
 
 def open_nyuv2(path: Path | str):

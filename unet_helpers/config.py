@@ -1,11 +1,12 @@
-"""Every setting of a run, as nested dataclasses: what `config.yaml` holds, the command line offers and notebooks use.
+"""Every setting of a run: what `config.yaml` holds, the command line offers and notebooks use.
 
-A configuration is checked once, by `check_config`, before anything is read or written.
+`check_config` checks them once, before anything is read or written; each setting's docstring is its `--help`.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +32,9 @@ class DataConfig:
         name: `sample` (built-in synthetic retinas), a public set, or `folder` (your own images and masks).
         root: the folder below which the data lies, at any depth; unused by `sample`.
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
-        mask_values: for `folder`: what the values in mask files mean. `auto` decides once for the whole data set;
-            `binary`: anything but 0 is foreground; `classes`: values are class indices and 255 is "ignore".
-        group_pattern: for `folder`: regular expression for the start of a file's stem; names with the same first group
-            stay on one side of a split. The default is the stem without a `__copy` suffix.
+        mask_values: for `folder`: `binary` (not 0: foreground), `classes` (indices, 255: ignore), `auto`: found out.
+        group_pattern: for `folder`: regular expression for a file's stem (default: it up to `__`); names with the same
+            first group stay on one side of a split.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
         val_share: share of the groups kept for validation; from 2 on, their number.
         test_share: the same for testing, where the data set does not bring its own test images.
@@ -66,8 +66,7 @@ class AugmentationConfig:
 
     Attributes:
         patch_size: height and width in pixels of the patches the network is trained on.
-        flips: mirror horizontally and vertically, each half of the time; `horizontal`: not vertically, where pictures
-            have an up and a down. Predictions are averaged over the same mirror images.
+        flips: mirror both ways, each half of the time, or only `horizontal`; predictions are averaged over the same.
         rotation: largest angle in degrees, either way.
         scale: smallest and largest magnification.
         elastic: share of the patches (0 to 1) that are also deformed elastically.
@@ -164,10 +163,6 @@ class Config:
 
     Attributes:
         seed: of the initial weights, the order of the images, augmentation and dropout.
-        data: which images and labels, and how they are split.
-        augmentation: what happens to a training image on its way into the network.
-        model: which network.
-        training: how it is trained.
     """
 
     seed: int = 0
@@ -215,9 +210,7 @@ def check_config(config: Config) -> None:
     """Check `RULES`; raise `UserError` for the first setting that is out of range."""
     for settings, is_right, rule in RULES:
         for setting in settings.split():
-            value = config
-            for name in setting.split("."):
-                value = getattr(value, name)
+            value = attrgetter(setting)(config)
             need("null" in rule if value is None else is_right(value), setting, value, rule)
     folds, fold = config.data.folds, config.data.fold
     need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
@@ -262,9 +255,8 @@ def from_parsed(values: dict) -> Config:
 
 def load_config(path: Path | str) -> Config:
     """Read a YAML file, executing nothing in it; raise `UserError` if it is missing, no YAML, or a setting is wrong."""
-    path = Path(path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such settings file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,11 +1,10 @@
 """Samples: which image belongs to which mask and to which split, and how they reach the network.
 
-`find_samples` lists a data set, `load_sample` reads one image with its mask, and two datasets feed the network:
-`TrainingPatches`, an endless stream of augmented patches, and `WholeImages`, untouched and at native size.
+`find_samples` lists them, `load_sample` reads one, `TrainingPatches` and `WholeImages` feed the network.
 """
 
 import hashlib
-import json
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -44,23 +42,19 @@ class Sample:
 
 
 def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
-    """List the samples of a data set with their splits, sorted by split and name.
+    """List the samples of a data set, sorted by split and name; with DRIVE's `observer` 2 only the test images.
 
-    Args:
-        config: which data set, and how it is split.
-        observer: for DRIVE, 2 gives the test images with the second observer's masks, and nothing else.
-
-    Raises:
-        UserError: naming the folder or file, if anything is missing, ambiguous or cannot be split.
+    Raises `UserError`, naming the folder or file, if anything is missing, ambiguous or cannot be split.
     """
     if observer != 1 and (config.name != "drive" or observer != 2):
         raise UserError(f"data.name={config.name} has no observer {observer}: only `drive` has a second one")
+    samples = []
     if config.name == "sample":
         counts = zip(SPLITS, config.sample_images, strict=True)
-        brought = [(split, f"{split}_{index:03d}") for split, count in counts for index in range(count)]
-        splits = assign_splits([name for _, name in brought], [split for split, _ in brought], config)
-        meaning, samples = "binary" if config.labels == "vessels" else "classes", []
-        for (_, name), split in zip(brought, splits, strict=True):
+        names = [f"{split}_{index:03d}" for split, count in counts for index in range(count)]
+        splits = assign_splits(names, [name.split("_")[0] for name in names], config)
+        meaning = "binary" if config.labels == "vessels" else "classes"
+        for name, split in zip(names, splits, strict=True):
             key = f"sample:{config.labels}:{config.sample_size}:{name.replace('_', ':')}"
             samples.append(Sample(name, key, key, None, name, split, meaning))
     else:
@@ -78,7 +72,6 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
         # CamVid's standard split has frames of one film on two sides; whoever compares with others must follow it.
         standard = observer == 2 or (config.name == "camvid" and not config.folds)
         splits = brought if standard else assign_splits(groups, brought, config)
-        samples = []
         for pair, group, split in zip(pairs, groups, splits, strict=True):
             stem = pair.image.stem if pair.number is None else f"{pair.number:04d}"
             name, view = "/".join([*pair.folders, stem]), pair.field_of_view and str(pair.field_of_view)
@@ -101,12 +94,7 @@ def _meaning_of(masks: Sequence[Path]) -> images.Meaning:
 
 
 def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image and its mask.
-
-    Returns:
-        image: uint8 (H, W, 3), or float32 (H, W, 3) in 0..1 if the file has more than 8 bits.
-        mask: uint8 (H, W), class indices; 255 where the mask, or the field of view's file, says "ignore".
-    """
+    """Read an image as `read_image` does and its mask, uint8 (H, W), class indices; 255: ignore, or not in the view."""
     if sample.image.startswith("sample:"):
         _, labels, size, split, index = sample.image.split(":")
         retina = make_retina((SPLITS.index(split), int(index)), int(size))
@@ -116,31 +104,23 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     else:
         colours = isinstance(sample.meaning, dict) and max(sample.meaning) > 2**16
         image, values = images.read_image(sample.image), images.read_mask_values(sample.mask, colours)
-    _check_size(sample.mask, values, sample.image, image)
+    view = None if sample.field_of_view is None else images.read_mask_values(sample.field_of_view)
+    for path, array in ((sample.mask, values), (sample.field_of_view, view)):
+        if array is not None and array.shape != image.shape[:2]:
+            sizes = ["×".join(map(str, one.shape[1::-1])) for one in (array, image)]
+            problem = f"has {sizes[0]} pixels, but its image {sample.image} {sizes[1]}"
+            raise UserError(f"{path}: {problem}: make them of one size")
     try:
         mask = images.decode_mask(values, sample.meaning)
     except UserError as error:
         raise UserError(f"{sample.mask}: {error}") from error
-    if sample.field_of_view is not None:
-        view = images.read_mask_values(sample.field_of_view)
-        _check_size(sample.field_of_view, view, sample.image, image)
+    if view is not None:
         mask[view == 0] = IGNORE
     return image, mask
 
 
-def _check_size(path: str, mask: np.ndarray, image_path: str, image: np.ndarray) -> None:
-    if mask.shape != image.shape[:2]:
-        sizes = ["×".join(map(str, array.shape[1::-1])) for array in (mask, image)]
-        raise UserError(f"{path}: has {sizes[0]} pixels, but its image {image_path} {sizes[1]}: make them of one size")
-
-
-def cache_folder() -> Path:
-    """Where decoded images of large data sets are kept; it can be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_helpers"
-
-
 def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
-    """What `Decoded` keeps of a sample."""
+    """Image and mask of `load_sample`, reduced; the estimated field of view, bool (H, W); mean and deviation inside."""
     image, mask = load_sample(sample)
     image, mask = images.shrink(image, longest_side), images.shrink(mask, longest_side, is_mask=True)
     view = images.field_of_view(image)
@@ -150,15 +130,15 @@ def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
 class Decoded:
     """The images of a data set, decoded, reduced to `config.data.longest_side` and measured, each only once.
 
-    Item n, of sample n, is image and mask as `load_sample` gives them, the estimated field of view, bool (H, W), and
-    the image's mean and deviation inside it. Sets of more than `MEMORY_LIMIT` bytes are cached below `cache_folder()`,
-    one memory-mapped file an image, and no later training decodes them again. A file is written whole or not at all
-    and remembers size and time of its sources: what an interruption left out, or a change made outdated, is made anew.
+    Item n is what `decode` gives of sample n. Sets of more than `MEMORY_LIMIT` bytes are cached in `~/.cache`, one
+    memory-mapped NPY file an image, which can be deleted at any time. It remembers size and time of its sources: what
+    an interruption left out, or a change made outdated, is made anew.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
-        self.samples, self.config, self.kept = list(samples), config, {}
-        self.folder, self.cached = cache_folder() / f"{config.data.name}-{config.data.longest_side or 'native'}", False
+        self.samples, self.config, self.kept, self.cached = list(samples), config, {}, False
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_helpers"
+        self.folder = cache / f"{config.data.name}-{config.data.longest_side or 'native'}"
         if self.samples and not self.samples[0].image.startswith("sample:"):
             first = _read_cached(*self._place(0)) or decode(self.samples[0], config.data.longest_side)
             self.cached = len(self) * sum(array.nbytes for array in first) > MEMORY_LIMIT
@@ -175,8 +155,10 @@ class Decoded:
             item = decode(self.samples[index], self.config.data.longest_side)
             if self.cached:
                 make_folder(self.folder)
-                arrays = {name: np.ascontiguousarray(array) for name, array in zip(PARTS, item, strict=True)}
-                write_whole(path, save(arrays, {"source": source}))
+                parts, buffer = {**dict(zip(PARTS, item, strict=True)), "source": np.array(source)}, io.BytesIO()
+                record = np.dtype([(name, part.dtype, part.shape) for name, part in parts.items()], align=True)
+                np.save(buffer, np.array(tuple(parts.values()), record))
+                write_whole(path, buffer.getvalue())
         if not self.cached:
             self.kept[index] = item
         return item
@@ -186,50 +168,36 @@ class Decoded:
         sample = self.samples[index]
         files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
         states = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-        name = _digest(os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number)
-        return self.folder / f"{name}.safetensors", _digest(states, repr(sample))
+        place = os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number
+        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, sample)))
+        return self.folder / f"{name}.npy", source
 
     def check(self, index: int) -> tuple[np.ndarray, ...]:
         """The item, whose mask must hold no class that `config.model` lacks, or `UserError` names the file."""
         item, sample, num_classes = self[index], self.samples[index], self.config.model.num_classes
-        highest = int(item[1][item[1] != IGNORE].max(initial=0))
-        if highest >= max(2, num_classes):
+        if (highest := int(item[1][item[1] != IGNORE].max(initial=0))) >= max(2, num_classes):
             raise UserError(f"{sample.mask}: holds class {highest}, so model.num_classes must exceed {highest}")
         return item
-
-
-def _digest(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
 def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
     """Memory-mapped arrays of a cached image, None if there is none, or it is outdated or damaged."""
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 9999)))
-            start = file.tell()
-        if header["__metadata__"]["source"] != source:
-            return None
-        parts = [header[name] for name in PARTS]
-        types = {"U8": np.uint8, "F32": np.float32, "BOOL": np.bool_}
-        return tuple(
-            np.memmap(path, types[part["dtype"]], "r", start + part["data_offsets"][0], tuple(part["shape"]))
-            for part in parts
-        )
-    except (OSError, ValueError, KeyError):
+        record = np.lib.format.open_memmap(path, mode="r")
+        return tuple(record[name] for name in PARTS) if record["source"] == source else None
+    except Exception:  # there is no such file, or whatever NumPy raises over a damaged one
         return None
 
 
 class TrainingPatches(Dataset):
-    """An endless stream of augmented patches; item n is the n-th image that training sees.
+    """An endless stream of augmented patches; item n is the n-th that training sees, `len` the number N of images.
 
-    With N images, item n belongs to epoch n // N and is the image at place n % N of that epoch's own shuffling. A patch
-    depends on (seed, epoch, index of the image) alone, so neither the number of loader workers nor an interruption
-    changes it: `DataLoader(patches, sampler=range(first, last))` goes on wherever training stopped. `len` is N.
+    It is from the image at place n % N of epoch n // N's shuffling and depends on (seed, epoch, index of the image)
+    alone: any number of loader workers gives the same, and `sampler=range(first, last)` goes on where training stopped.
 
     Items are (image, mask): float32 (3, P, P), normalised by the whole image's statistics inside its field of view and
     0 outside; int64 (P, P) with 255 for "ignore". All images are decoded at once, see `Decoded`. Raises `UserError` if
-    no sample is for training, or a mask holds a class that `config.model` lacks.
+    no sample is for training, no mask holds foreground, or one a class that `config.model` lacks.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
@@ -258,11 +226,10 @@ class TrainingPatches(Dataset):
 
 
 class WholeImages(Dataset):
-    """Whole images for validation and testing; items are (image, mask, name).
+    """Whole images for validation and testing, of different sizes; items are (image, mask, name of the sample).
 
     float32 (3, H, W), normalised inside the field of view and 0 outside, reduced to `config.data.longest_side`; int64
-    (H, W) with 255 for "ignore", of the same size or, if `native`, as large as the file; the sample's name. Sizes may
-    differ, so take them one at a time. Raises `UserError` as `TrainingPatches` does.
+    (H, W) with 255 for "ignore", of the same size or, if `native`, the file's. `UserError` as in `Decoded.check`.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config, native: bool = True) -> None:

@@ -5,6 +5,7 @@ The threshold comes from the run's own `metrics.json`, where training put it aft
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,10 @@ from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, class_mean
 from unet_helpers.prediction import predict_logits, predict_probabilities
 from unet_helpers.runs import load_run
-from unet_helpers.scores import (
-    ONE_IMAGE,
-    Score,
-    bootstrap_interval,
-    cldice,
-    defined_mean,
-    dice,
-    paired_difference,
-    undefined,
-)
+from unet_helpers.scores import ONE_IMAGE, bootstrap_interval, cldice, defined_mean, dice, paired_difference, undefined
 from unet_helpers.system import find_device, write_json
+
+mean_dice = partial(class_mean, dice)  # of the classes that the truth holds, from their counts (..., K, 4) to (...)
 
 
 @dataclass
@@ -54,13 +48,9 @@ class Evaluation:
 
 
 def predictions(model: nn.Module, images: WholeImages, device: torch.device, flips: bool) -> Iterator[tuple]:
-    """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`.
-
-    With `flips`, averaged over the mirror images that training has shown.
-    """
-    flips = flips and images.config.augmentation.flips
-    for index in range(len(images)):
-        image, mask, name = images[index]
+    """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`."""
+    flips = flips and images.config.augmentation.flips  # only those that training has shown
+    for image, mask, name in images:
         yield predict_probabilities(model, image.to(device), flips, size=mask.shape), mask.to(device), name
 
 
@@ -73,35 +63,26 @@ def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device
 
 
 def score_images(
-    model: nn.Module,
-    images: WholeImages,
-    num_classes: int,
-    device: torch.device,
-    threshold: float | None,
-    flips: bool = True,
+    model: nn.Module, images: WholeImages, num_classes: int, device: torch.device, threshold: float | None, flips=True
 ) -> Evaluation:
-    """Predict images one by one at their own size, and count.
-
-    The model is on `device`, in evaluation mode; `threshold` is unused for several classes.
-    """
+    """Predict images one by one at their own size, with a model in evaluation mode, and count; see `Evaluation`."""
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
     groups = [sample.group for sample in images.samples]
     result = Evaluation(num_classes, table, class_names=class_names(images.config.data, num_classes), groups=groups)
     if num_classes > 1:
         result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)]
     for probability, mask, name in predictions(model, images, device, flips):
-        probability, mask = probability[None], mask[None]
         result.names.append(name)
         if num_classes == 1:
             table.update(probability, mask)
             predicted = metrics.foreground(probability, threshold)
-            result.skeletons.append(metrics.cldice_counts(predicted[0], mask[0]))
+            result.skeletons.append(metrics.cldice_counts(predicted, mask))
         else:
-            predicted = probability.argmax(1)
+            predicted = probability.argmax(0)
             table.update(predicted, mask)
             for k, histogram in enumerate(result.one_vs_rest):
-                histogram.update(probability[:, k], torch.where(mask == IGNORE, mask, (mask == k).long()))
-        result.image_counts.append(metrics.image_counts(predicted, mask, num_classes)[0])
+                histogram.update(probability[k], torch.where(mask == IGNORE, mask, (mask == k).long()))
+        result.image_counts.append(metrics.image_counts(predicted[None], mask[None], num_classes)[0])
     return result
 
 
@@ -109,19 +90,17 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     """All scores of the protocol as one dictionary; what is 0/0 is NaN and `undefined` says why."""
     counts = np.stack(result.image_counts)
     if result.num_classes == 1:
-        scores = result.table.scores(threshold)
+        scores, several, score = result.table.scores(threshold), {}, dice
         scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
-        score = dice
+        reasons = undefined(scores)
+        if len(counts) == 1:
+            reasons["dice_ci95"] = ONE_IMAGE
     else:
-        scores = result.table.scores()
+        scores, score = result.table.scores(), mean_dice
         for name in ("roc_auc", "pr_auc"):
             scores[name] = float(defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
         scores["cldice"] = float("nan")
-        score = mean_dice
-    reasons = undefined(scores)
-    several = {}
-    if result.num_classes > 1:
-        reasons["cldice"] = "defined for binary masks only"
+        reasons = undefined(scores) | {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
         several = {
             "classes": result.class_names,
@@ -129,9 +108,8 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
             "per_class": scores["per_class"],
             "confusion": result.table.table.tolist(),
         }
-    elif len(counts) == 1:
-        reasons["dice_ci95"] = ONE_IMAGE
-    per_image = score(counts)
+    per_image, groups = score(counts), np.array(result.groups)
+    names = sorted(set(result.groups)) if len(set(groups)) < len(groups) else []  # not where each is of one image
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     return {
         **{name: scores[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
@@ -143,20 +121,9 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         "n_images": len(counts),
         "n_pixels": scores["total"],
         **several,
-        "per_group_dice": _by_group(result.groups, counts, score),
+        "per_group_dice": {name: float(score(counts[groups == name].sum(0))) for name in names},
         "undefined": reasons,
     }
-
-
-def mean_dice(counts: np.ndarray) -> np.ndarray:
-    """Mean of the classes' Dice, (..., K, 4) -> (...); classes that the truth does not hold are left out."""
-    return class_mean(dice, counts)
-
-
-def _by_group(groups: list[str], counts: np.ndarray, score: Score) -> dict[str, float]:
-    """The score of each group's pooled counts; empty where every image is a group of its own."""
-    names = sorted(set(groups)) if len(set(groups)) < len(groups) else []
-    return {name: float(score(counts[np.array(groups) == name].sum(0))) for name in names}
 
 
 def evaluate(
@@ -167,22 +134,11 @@ def evaluate(
     device: str = "auto",
     save: bool = False,
 ) -> dict:
-    """Score a run on one split of a data set.
+    """Score a run, given by its folder, on one split of a data set, by default the one it was trained on.
 
-    Args:
-        run: its folder.
-        data: the data set; the one it was trained on by default.
-        split: `train`, `val` or `test`.
-        flips: average over mirror images, as `predict` does.
-        device: as in the configuration.
-        save: also write the scores into the run's `metrics.json`, under the split's name, and count the reading; with
-            another data set than the run's own, its name stands before the split's.
-
-    Returns:
-        The scores; see `summarise`.
-
-    Raises:
-        UserError: if the run, the data or the split cannot be used.
+    `flips` averages over mirror images, as `predict` does. `save` also writes the scores into the run's `metrics.json`,
+    under the split's name (after that of another data set) and counts the reading. Returns what `summarise` does.
+    Raises `UserError` if the run, the data or the split cannot be used.
     """
     opened, result = score_run(run, data, split, flips, device)
     scores = summarise(result, opened.threshold, flips)
@@ -225,9 +181,8 @@ def samples_of(config: Config, split: str) -> list:
 def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss, accelerator: Accelerator) -> dict:
     """The quick look after every epoch: one plain prediction an image, shared among the processes.
 
-    Returns:
-        `loss` over all images together, `accuracy` with `correct` and `total` pixels at threshold .5, and `dice` at the
-        `threshold` that makes it largest (several classes: the most probable class, mean Dice, threshold None).
+    Returns `loss` over all images together, `accuracy` with `correct` and `total` pixels at threshold .5, and `dice` at
+    the `threshold` that makes it largest (several classes: the most probable class, mean Dice, threshold None).
     """
     device, num_classes = accelerator.device, loss_function.num_classes
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)

@@ -1,10 +1,10 @@
 """Picture files as arrays: what a file means as a photograph, what it means as a mask, and where its field of view is.
 
-A photograph is made of colours; a mask is made of numbers, and how a viewer colours them says nothing. So photographs
-go through `read_image`, masks through `read_mask_values`, and `mask_meaning` decides once for a whole data set what 1
-and 255 stand for.
+A photograph is made of colours (`read_image`); a mask is made of numbers, however a viewer colours them
+(`read_mask_values`), and `mask_meaning` decides once for a whole data set what 1 and 255 stand for.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -21,27 +21,25 @@ DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes wit
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Files in a folder (not below it) whose names end like a picture's, sorted; hidden ones do not count.
-
-    Raises `UserError` if there is no such folder, or no picture in it.
-    """
-    folder = Path(folder)
+    """The pictures in a folder, not below it, sorted, without hidden ones; `UserError` if there are none."""
+    folder, endings = Path(folder), Image.registered_extensions()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    endings = Image.registered_extensions()
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    paths = [path for path in files if path.suffix.lower() in endings]
-    if not paths:
-        raise UserError(f"{folder}: no pictures in this folder: put some there, or name another folder")
-    return paths
+    files = [path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith(".")]
+    if paths := sorted(path for path in files if path.is_file()):
+        return paths
+    raise UserError(f"{folder}: no pictures in this folder: put some there, or name another folder")
 
 
-def _open(path: str | Path) -> Image.Image:
-    """Open and decode a picture completely, turned upright as its EXIF orientation says."""
+def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
+    """A picture, decoded completely and turned upright as its EXIF orientation says; its file format; and whether it is
+    in colours of 16 bits a channel, of which Pillow silently keeps the upper 8.
+    """
     try:
         with Image.open(path) as picture:
+            deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
             picture.load()
-            return ImageOps.exif_transpose(picture)
+            return ImageOps.exif_transpose(picture), picture.format, deep
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: too large to open safely ({error}): cut it into smaller pictures") from error
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -52,24 +50,17 @@ def _open(path: str | Path) -> Image.Image:
         raise UserError(f"{path}: not a readable picture, or damaged ({one_line(error)}): get it again") from error
 
 
-def _has_deep_colour(path: str | Path) -> bool:
-    """Whether a colour picture holds 16 bits per channel: Pillow silently keeps the upper 8 of them."""
-    with Image.open(path) as picture:
-        return picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
-
-
 def read_image(path: str | Path) -> np.ndarray:
     """Read a photograph: uint8 (H, W, 3) in 0..255, or float32 (H, W, 3) in 0..1 if the file has more than 8 bits.
 
-    Deep pictures are stretched from their own minimum and maximum to 0..1, since a 16-bit file may come from a
-    12-bit camera and a float file may have any range. Grey becomes three equal channels, palettes become colours,
-    an alpha channel is dropped (transparent pixels keep the colour stored beneath), EXIF orientation is followed, and
-    of several frames or pages the first counts. Raises `UserError`, which names the file, if it cannot be read.
+    Deep pictures are stretched from their own minimum and maximum to 0..1: a 16-bit file may come from a 12-bit camera.
+    Grey becomes three equal channels, palettes become colours, alpha is dropped (the colour beneath stays), EXIF
+    orientation is followed, the first of several frames counts. `UserError` names a file that cannot be read.
     """
-    picture = _open(path)
+    picture, _, is_deep = _open(path)
     if picture.mode in DEEP_MODES:
         return _stretch(np.array(picture))
-    if _has_deep_colour(path):
+    if is_deep:
         deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
             return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
@@ -82,28 +73,23 @@ def _stretch(values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
     scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
-    return np.ascontiguousarray(np.broadcast_to(scaled[..., None], (*scaled.shape, 3)) if scaled.ndim == 2 else scaled)
+    return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
 
 
 def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored; with `colours`, uint32 0xRRGGBB.
 
     Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
-    Dice .226 instead of .789). Only a GIF in pure black and white gives 0 and 255, because programs number the colours
-    of a GIF as they please: in an all-white one, white is 0. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives
-    one channel. `UserError` for a GIF whose several greys were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a
-    JPEG, whose compression invents values, and, without `colours`, a picture in true colours.
+    Dice .226 instead of .789), but a GIF in pure black and white gives 0 and 255, as programs number its colours as
+    they please. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives one channel. `UserError` for a GIF whose greys
+    were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and, without `colours`, a picture in true colours.
     """
-    picture = _open(path)
-    with Image.open(path) as file:
-        form = file.format
+    picture, form, _ = _open(path)
     if form in ("JPEG", "MPO", "JPEG2000"):
         raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
     if colours:
         return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    if picture.mode == "1":
-        return np.array(picture, dtype=np.uint8)
-    values = np.array(picture)
+    values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
         colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
         grey = np.ascontiguousarray(colours[..., 0])
@@ -127,11 +113,10 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
 def mask_meaning(values: Iterable[int]) -> Meaning:
     """Decide what the numbers in the masks of one data set mean, from all the values found in all its masks.
 
-    {0, 1} and {0, 255} (or fewer) are `binary`; {0..k} and {0..k, 255} are `classes`, where 255 means "ignore"; so
-    {0, 1, 255} is a binary problem with ignored pixels, written as classes. A few missing class indices are tolerated.
-    Anything else, such as {3, 17, 250}, raises `UserError`.
+    {0, 1} and {0, 255} (or fewer) are `binary`; {0..k} and {0..k, 255}, with a few k missing, are `classes`, where 255
+    means "ignore", also in {0, 1, 255}. Anything else, such as {3, 17, 250}, raises `UserError`.
     """
-    found = sorted({int(value) for value in values})
+    found = sorted(map(int, set(values)))
     if not found:
         raise UserError("no mask values found: there are no masks")
     if found == [IGNORE]:
@@ -152,8 +137,7 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
 def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
 
-    With `binary` everything but 0 is foreground, 1; with `classes` the values stay as they are; a dictionary gives the
-    class of each value, and any other value raises `UserError`.
+    With `binary` all but 0 becomes 1; a dictionary gives each value's class. `UserError` if it does not, or above 255.
     """
     if isinstance(meaning, dict):
         known, classes = np.array(sorted(meaning.items())).T
@@ -170,15 +154,11 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
 
 
 def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -> np.ndarray:
-    """Reduce an image (H, W, 3), or a mask (H, W), so that no side is longer; smaller ones, and for None all, stay.
-
-    An image's pixels become means of the area they cover, a mask's are the nearest ones.
-    """
-    height, width = array.shape[:2]
-    if longest_side is None or max(height, width) <= longest_side:
+    """Reduce an image (H, W, 3), by means over areas, or a mask (H, W), by nearest pixels, to sides of at most that."""
+    factor = (longest_side or math.inf) / max(array.shape[:2])
+    if factor >= 1:
         return array
-    factor = longest_side / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    size = [max(1, round(side * factor)) for side in array.shape[1::-1]]
     return cv2.resize(array, size, interpolation=cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA)
 
 
@@ -189,53 +169,44 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     largest region brighter than the black is kept, with its holes filled and its outline smoothed, if it is convex
     and covers a quarter of the picture. Any other picture is all field of view.
     """
-    brightness = image.max(axis=2)
     full_scale = 255.0 if image.dtype == np.uint8 else 1.0
-    brightness = cv2.GaussianBlur(brightness.astype(np.float32) / full_scale, (5, 5), 0)
-    height, width = brightness.shape
-    side = max(1, min(height, width) // 40)
-    corners = [brightness[y, x] for y in (slice(side), slice(-side, None)) for x in (slice(side), slice(-side, None))]
-    everything = np.ones((height, width), dtype=bool)
-    black = max(float(np.median(corner)) for corner in corners)
+    brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale, (5, 5), 0)
+    side = max(1, min(brightness.shape) // 40)
+    ends = slice(side), slice(-side, None)
+    everything = np.ones(brightness.shape, dtype=bool)
+    black = max(float(np.median(brightness[y, x])) for y in ends for x in ends)
     bright = float(np.percentile(brightness, 75))
     if black > 0.15 or black > 0.3 * bright or bright == 0:
         return everything
     region = (brightness > black + 0.15 * (bright - black)).astype(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(region, connectivity=4)
-    if count < 2:
-        return everything
-    largest = (labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])).astype(np.uint8)
-    outlines, _ = cv2.findContours(largest, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    filled = cv2.drawContours(np.zeros_like(largest), outlines, -1, 1, thickness=cv2.FILLED)
+    outlines, _ = cv2.findContours(region, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    largest = sorted(outlines, key=cv2.contourArea)[-1:]
+    filled = cv2.drawContours(np.zeros_like(region), largest, -1, 1, thickness=cv2.FILLED)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * side + 1, 2 * side + 1))
     # The margin lets the outline touch the picture's edge, where a camera cuts the circle off.
     padded = cv2.copyMakeBorder(filled, *[2 * side] * 4, cv2.BORDER_REPLICATE)
     smooth = cv2.morphologyEx(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, kernel), cv2.MORPH_OPEN, kernel)
     view = smooth[2 * side : -2 * side, 2 * side : -2 * side]
-    hull = cv2.convexHull(cv2.findNonZero(view)) if view.any() else None
     # An aperture is convex and fills the frame; a bright object on a dark ground is neither, or rarely both.
-    round_enough = hull is not None and view.sum() > 0.95 * cv2.contourArea(hull) and view.mean() > 0.25
-    return view.astype(bool) if round_enough else everything
+    fills = view.mean() > 0.25 and view.sum() > 0.95 * cv2.contourArea(cv2.convexHull(cv2.findNonZero(view)))
+    return view.astype(bool) if fills else everything
 
 
 def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
-    """Mean and standard deviation of each channel of (H, W, 3) inside the field of view, float32 (3,) each.
-
-    A constant channel gets standard deviation 1, an empty field of view mean 0 and standard deviation 1.
-    """
+    """Mean and standard deviation of each channel inside the view, float32 (3,); constant: 1, empty view: 0 and 1."""
     pixels = image[view].astype(np.float64)
     if not len(pixels):
         return np.zeros(3, np.float32), np.ones(3, np.float32)
-    deviation = pixels.std(axis=0)
-    floor = 1e-3 * (255.0 if image.dtype == np.uint8 else 1.0)
-    return pixels.mean(axis=0).astype(np.float32), np.where(deviation < floor, 1.0, deviation).astype(np.float32)
+    mean, deviation = pixels.mean(axis=0), pixels.std(axis=0)
+    deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-3)] = 1.0  # a thousandth of full scale
+    return mean.astype(np.float32), deviation.astype(np.float32)
 
 
 def normalise(image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None) -> np.ndarray:
-    """Scale each channel to mean 0 and standard deviation 1 inside the field of view, and set 0 outside.
+    """Scale an image, uint8 or float32 (H, W, 3), to mean 0 and standard deviation 1 in each channel: finite float32.
 
-    Takes an image, uint8 or float32 (H, W, 3), its field of view, bool (H, W), by default `field_of_view`, and for a
-    patch the `statistics_inside` of the whole image, else its own; returns float32 (H, W, 3), finite everywhere.
+    `view`, bool (H, W), outside which it becomes 0, is its `field_of_view` by default; `statistics`, for a patch those
+    of the whole image, its `statistics_inside`.
     """
     view = field_of_view(image) if view is None else view
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics

@@ -1,8 +1,7 @@
 """From predictions to scores: streaming tables on the device, and counts per image, with 255 left out.
 
-`BinaryHistogram` and `ConfusionMatrix` collect batch by batch; as they only add whole numbers, batches, processes and
-files in any order or size give the same score to the last bit. Probabilities are compared as the 16-bit numbers that
-`predict` writes into its PNG, so a file scores exactly as the network did.
+As the tables only add whole numbers, batches, processes and files in any order or size give the same score to the last
+bit. Probabilities are compared as the 16-bit numbers of `predict`'s PNG, so a file scores exactly as the network did.
 """
 
 import math
@@ -47,7 +46,7 @@ def foreground(probability: Tensor, threshold: float) -> Tensor:
 
 
 class _Tally:
-    """An int64 table that grows by addition."""
+    """An int64 table that grows by addition, on the device that the predictions are on."""
 
     def __init__(self, *shape: int, device: torch.device | str = "cpu"):
         self.table = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -68,14 +67,10 @@ class BinaryHistogram(_Tally):
     """How many background (row 0) and foreground (row 1) pixels got each of the 65,536 16-bit probabilities."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        """An empty one, on the device the predictions are on."""
         super().__init__(2, LEVELS, device=device)
 
     def update(self, probability: Tensor, target: Tensor) -> None:
-        """Count a batch: probability (B, H, W) float in [0, 1], target (B, H, W) integer 0, 1, or 255 for ignored.
-
-        Any other shape will do if both have it. Raises `UserError` for other types or values, NaN among them.
-        """
+        """Count a batch: probability, float in [0, 1], target, integer 0, 1, or 255: ignored; else `UserError`."""
         q = quantise(probability)
         target = _checked(q, target, num_classes=1)
         self._add(target * LEVELS + q, target != IGNORE)
@@ -103,14 +98,13 @@ class BinaryHistogram(_Tally):
 
         Where the truth holds no foreground any threshold is as good as any other: .5.
         """
-        fp, tp = self.table.cpu().numpy()[:, ::-1].cumsum(1)[:, ::-1]  # at or above each level
+        table = self.table.cpu().numpy()[:, ::-1].cumsum(1)[:, ::-1]  # at or above each level
         candidates = np.arange(1, 10_000) / 10_000
-        levels = [level(t) for t in candidates]
-        tp_at, fp_at = tp[levels], fp[levels]
-        values = np.nan_to_num(dice(np.stack([tp_at, fp_at, tp[0] - tp_at, 0 * tp_at], -1)))
+        fp, tp = table[:, [level(threshold) for threshold in candidates]]
+        values = np.nan_to_num(dice(np.stack([tp, fp, table[1, 0] - tp, 0 * tp], -1)))
         first = int(np.argmax(values))
-        different = np.flatnonzero(values[first:] != values[first])
-        last = first + int(different[0]) - 1 if different.size else len(values) - 1
+        after = np.append(values[first:], np.nan)  # the run of equals ends here at the latest
+        last = first + int(np.argmax(after != after[0])) - 1
         return float(candidates[(first + last) // 2])
 
     def scores(self, threshold: float) -> dict[str, float]:
@@ -124,7 +118,6 @@ class ConfusionMatrix(_Tally):
     """How many pixels of true class (row) got which predicted class (column)."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        """An empty one for 2 classes or more, on the device the predictions are on."""
         super().__init__(num_classes, num_classes, device=device)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
@@ -132,8 +125,7 @@ class ConfusionMatrix(_Tally):
         k, predicted = len(self.table), torch.as_tensor(predicted)
         target = _checked(predicted, target, k)
         if ((predicted < 0) | (predicted >= k)).any():
-            found = f"{predicted.min()} to {predicted.max()}"
-            raise UserError(f"predicted classes are {found}, expected 0 to {k - 1}")
+            raise UserError(f"predicted classes are {predicted.min()} to {predicted.max()}, expected 0 to {k - 1}")
         self._add(target * k + predicted, target != IGNORE)
 
     def counts(self) -> np.ndarray:
@@ -144,12 +136,8 @@ class ConfusionMatrix(_Tally):
         return np.stack([tp, fp, fn, table.sum() - tp - fp - fn], -1)
 
     def scores(self) -> dict:
-        """Means over the classes, the overall accuracy and MCC, and every class by itself.
-
-        Returns:
-            `dice`, `iou`, `sensitivity`, `specificity`, `precision`: `class_mean`;
-            `accuracy` = `correct` / `total` pixels; `mcc`: Gorodkin's R_K (2004), as in scikit-learn;
-            `per_class`: {"dice": [K values, NaN where undefined], ...}.
+        """`class_mean` of all `SCORES`, but `accuracy` = `correct` / `total` pixels and `mcc` over all classes at once,
+        Gorodkin's R_K (2004), as in scikit-learn; and `per_class`: {"dice": [K values, NaN where undefined], ...}.
         """
         counts, table = self.counts(), self.table.cpu().numpy().astype(np.float64)
         per_class = {name: score(counts).tolist() for name, score in SCORES.items()}
@@ -161,38 +149,33 @@ class ConfusionMatrix(_Tally):
 
 
 def class_mean(score: Score, counts) -> np.ndarray:
-    """Mean of a score over the classes, (..., K, 4) -> (...), of those that the truth holds and it is defined for.
-
-    A class that does not occur has no IoU: it would be 0 or nothing depending on one wrong pixel.
-    """
+    """Mean of a score over the classes, (..., K, 4) -> (...), of those that the truth holds and it is defined for."""
+    # A class that does not occur has no IoU: it would be 0 or nothing depending on one wrong pixel.
     tp, _, fn, _ = np.moveaxis(np.asarray(counts), -1, 0)
     return defined_mean(np.where(tp + fn > 0, score(counts), np.nan))
 
 
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:
-    """Counts of each image, for the bootstrap and the mean per-image score.
+    """tp, fp, fn, tn of each image, (B, 4) int64, or of each of several classes against all others, (B, K, 4).
 
-    From predicted (B, H, W) bool or integer classes and target (B, H, W) integer classes, 255 ignored, to tp, fp, fn,
-    tn (B, 4) int64; for several classes (B, K, 4), each class against all others.
+    Predicted (B, H, W) bool or integer classes; target (B, H, W) integer classes, 255 ignored.
     """
     predicted = torch.as_tensor(predicted)
     target = _checked(predicted, target, num_classes)
-    valid = target != IGNORE
-    per_class = []
+    valid, per_class = target != IGNORE, []
     for k in [1] if num_classes == 1 else range(num_classes):
-        p, y = (predicted == k) & valid, (target == k)
-        cells = torch.stack([p & y, p & ~y, ~p & y, valid & ~p & ~y])
-        per_class.append(cells.flatten(2).sum(2).T)
+        p, y = (predicted == k) & valid, target == k
+        cells = torch.stack([p & y, p & ~y, ~p & y, valid & ~p & ~y], -1)
+        per_class.append(cells.flatten(1, -2).sum(1))
     return (per_class[0] if num_classes == 1 else torch.stack(per_class, 1)).cpu().numpy()
 
 
 def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Skeleton counts of one image for `cldice`; add them up over images to pool.
 
-    Pixels with target 255 are background for both before the skeletons are made, so both end where the truth ends.
     From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 to (4,) int64: pixels of the predicted skeleton
-    inside the true vessels, of the predicted skeleton, of the true skeleton inside the predicted vessels, of the true
-    skeleton.
+    inside the true vessels and in all, of the true skeleton inside the predicted vessels and in all. Pixels with target
+    255 are background for both before the skeletons are made, so both end where the truth ends.
     """
     from skimage.morphology import skeletonize  # half a second, which only clDice should cost
 

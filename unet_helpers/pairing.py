@@ -1,17 +1,13 @@
 """Which files belong together: an image with its mask, the pictures of one group, the groups on one side of a split.
 
-Every data set names its files in its own way: `img/7.jpg` and `label/7_mask.png`, `train/a.jpg` and
-`train_masks/a_mask.gif`, `01_test.tif` and `01_manual1.gif`. Words that only say "I am an image" or "I am a mask" are
-struck out of the names; what is left must be the same on both sides, and must not fit twice.
-
-A group must not be torn apart: one eye with its augmented copies, one car with its sixteen views, one film sequence.
-A split by picture would put near-copies of the training images into the test set, and the score would measure memory.
-Groups are sorted before they are drawn: neither the order of files nor the machine changes a split, only the seed does.
+Words that only say "I am an image" or "I am a mask" are struck out of names such as `01_test.tif` and `01_manual1.gif`;
+what is left must be the same on both sides. A group (one eye with its augmented copies, one car with its 16 views) must
+not be torn apart: near-copies of training images would be in the test set, and the score would measure memory.
 """
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,25 +27,22 @@ NOTHING = "$^"  # matches no word
 
 
 class Pair(NamedTuple):
-    """An image, its mask, the split that its folder names ("" if none), other folders it lies in, its field of view,
-    and its number within a file of many images.
-    """
+    """An image and what belongs to it."""
 
     image: Path
     mask: Path
-    split: str
-    folders: tuple[str, ...] = ()
+    split: str  # that its folder names, "" if none
+    folders: tuple[str, ...] = ()  # others that it lies in
     field_of_view: Path | None = None
-    number: int | None = None
+    number: int | None = None  # within a file of many images
 
 
 # ---- image and mask
 def read_folder(root: Path) -> list[Pair]:
     """Find every image below `root` with its mask, sorted by path.
 
-    Image and mask folders may lie side by side (`train/image`, `train/mask`), the other way round (`images/train`,
-    `masks/train`), carry the word in their names (`train`, `train_masks`), or be one folder with masks named as such.
-    Raises `UserError` if there are no pictures, an image has no mask or the reverse, or a name fits twice.
+    Folders may be `train/image` and `train/mask`, `images/train` and `masks/train`, `train` and `train_masks`, or one
+    that holds both. Raises `UserError` if there is no picture, one has no partner, or a name fits twice.
     """
     places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     seen = {os.path.realpath(root)}  # links may lead to a folder twice, or round in circles
@@ -118,9 +111,9 @@ def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Pa
 
 
 def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path]]:
-    groups: dict[tuple[str, ...], list[Path]] = {}
+    groups = defaultdict(list)
     for path in paths:
-        groups.setdefault(_tokens(path, words), []).append(path)
+        groups[_tokens(path, words)].append(path)
     return groups
 
 
@@ -137,8 +130,8 @@ def _tokens(path: Path, words: str) -> tuple[str, ...]:
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     """The group of each image: what `data.group_pattern` finds in the stem of its name.
 
-    `train/0.png` and `test/0.png` are two pictures, each a group of its own, unless a pattern of the user's, or a copy
-    such as `0__hflip.png`, says that equal names mean the same thing.
+    `train/0.png` and `test/0.png` are different groups unless the user's own pattern, or a copy such as `0__hflip.png`,
+    says that equal names mean the same thing.
     """
     groups = []
     for pair in pairs:
@@ -149,45 +142,38 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
             raise UserError(f"{pair.image}: {problem}") from error
     if pattern != DataConfig.group_pattern:
         return groups
-    copied = {group for pair, group in zip(pairs, groups, strict=True) if group != pair.image.stem}
-    return [
-        group if group in copied else "/".join(filter(None, [pair.split, *pair.folders, group]))
-        for pair, group in zip(pairs, groups, strict=True)
-    ]
+    named = list(zip(pairs, groups, strict=True))
+    copied = {group for pair, group in named if group != pair.image.stem}
+    return [g if g in copied else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named]
 
 
 # ---- splits
 def _shuffled(groups: Sequence[str], seed: int) -> list[str]:
-    """The distinct groups in an order that depends on the seed alone."""
+    """The distinct groups in an order that depends on the seed alone, not on the order of files or the machine."""
     return np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
 
 
 def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
     """The split of each picture, from the group of each, so that no group is on two sides.
 
-    `shares` says which share of the groups (below 1), or how many of them (2 or more), goes to `val` and `test`, at
-    least one if it is above 0; the rest goes to `train`. Raises `UserError` if nothing is left to train on.
+    `shares` says which share of the groups (below 1; at least one if not 0), or how many (2 or more), goes to `val` and
+    `test`; the rest goes to `train`. Raises `UserError` if nothing is left to train on.
     """
     if min(shares.values()) < 0 or sum(share for share in shares.values() if share < 1) >= 1:
         raise UserError(f"data.val_share and data.test_share must be at least 0, together below 1, not {dict(shares)}")
     order = _shuffled(groups, seed)
-    counts = {
-        name: int(share) if share >= 1 else max(1, round(len(order) * share))
-        for name, share in shares.items()
-        if share > 0
-    }
+    counts = {name: int(share) or max(1, round(len(order) * share)) for name, share in shares.items() if share > 0}
     if len(order) <= sum(counts.values()):
         remedy = "add pictures, lower the shares, or let data.group_pattern make more groups"
         raise UserError(f"{len(order)} group(s) are too few for the splits train, {', '.join(counts)}: {remedy}")
     names = [name for name, count in counts.items() for _ in range(count)]
-    split_of = dict(zip(order, names + ["train"] * (len(order) - len(names)), strict=True))
-    return [split_of[group] for group in groups]
+    split_of = dict(zip(order, names, strict=False))
+    return [split_of.get(group, "train") for group in groups]
 
 
 def k_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:
-    """Deal the groups out into `folds` folds of almost equal size: the fold (from 0) of each picture.
+    """The fold (from 0) of each picture: groups are dealt out, the largest first, each to the fold that holds fewest.
 
-    A group counts by its number of pictures, and the largest is dealt first, each to the fold that holds fewest.
     Raises `UserError` if there are fewer groups than folds, or fewer than two folds.
     """
     sizes = Counter(groups)
@@ -203,8 +189,8 @@ def k_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:
 def assign_splits(groups: Sequence[str], brought: Sequence[str], config: DataConfig) -> list[str]:
     """The split of each picture: what its folder names (`brought`); where that is "", drawn with `config.split_seed`.
 
-    With `config.folds`, training and validation pictures are thrown together and one fold of them validates; test
-    pictures never are. Raises `UserError` if there are too few groups, or one would be on two sides.
+    With `config.folds`, one fold of the training and validation pictures, thrown together, validates; the test pictures
+    stay apart. Raises `UserError` if there are too few groups, or one would be on two sides.
     """
     splits = ["" if split == "train" or (split == "val" and config.folds) else split for split in brought]
     shares = {
@@ -216,17 +202,15 @@ def assign_splits(groups: Sequence[str], brought: Sequence[str], config: DataCon
     splits = [split or next(drawn) for split in splits]
     if config.folds:
         pool = [group for group, split in zip(groups, splits, strict=True) if split == "train"]
-        folds = k_folds(pool, config.folds, config.split_seed)
-        held_out = {group for group, fold in zip(pool, folds, strict=True) if fold == config.fold}
-        pairs = zip(groups, splits, strict=True)
-        splits = ["val" if split == "train" and group in held_out else split for group, split in pairs]
+        fold_of = iter(k_folds(pool, config.folds, config.split_seed))
+        splits = ["val" if split == "train" and next(fold_of) == config.fold else split for split in splits]
     assert_disjoint(groups, splits)
     return splits
 
 
 def assert_disjoint(groups: Sequence[str], splits: Sequence[str | int]) -> None:
     """Prove that no group is on two sides; raise `UserError`, naming the first that is."""
-    sides: dict[str, str | int] = {}
+    sides = {}
     for group, split in zip(groups, splits, strict=True):
         if (other := sides.setdefault(group, split)) != split:
             remedy = "put it on one side, or correct data.group_pattern"

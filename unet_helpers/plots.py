@@ -30,8 +30,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend()
     dice.plot(epochs, [row["val_dice"] for row in history], color=ORANGE, linestyle="--", label="validation")
-    drawn = [row for row in history if row["val_dice"] is not None]
-    if drawn:
+    if drawn := [row for row in history if row["val_dice"] is not None]:
         best = max(drawn, key=lambda row: row["val_dice"])
         label = f"best: {best['val_dice']:.4f} (epoch {best['epoch']})"
         dice.plot(best["epoch"], best["val_dice"], "o", color=GREY, label=label)
@@ -40,8 +39,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(title)
+    figure.suptitle(title)
     return figure
 
 
@@ -56,17 +54,15 @@ def to_png(picture: Figure | np.ndarray) -> bytes:
 
 
 def error_map(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Where a prediction is right and wrong: true positives white, false positives red, false negatives blue.
+    """True positives white, false positives (also of a wrong class) red, false negatives blue: uint8 (H, W, 3).
 
-    Both are class indices (H, W); 255 in the truth is not scored and stays black. With several classes anything but 0
-    is foreground, and foreground of the wrong class is a false positive. Returns uint8 (H, W, 3).
+    Both are class indices (H, W), of which all but 0 are foreground; 255 in the truth is not scored and stays black.
     """
-    scored = truth != IGNORE
-    found, there, right = prediction > 0, (truth > 0) & scored, prediction == truth
-    picture = np.zeros((*truth.shape, 3), np.uint8)
-    picture[scored & found & right] = (255, 255, 255)
-    picture[scored & found & ~right] = (230, 50, 30)
-    picture[scored & there & ~found] = (40, 110, 255)
+    found, picture = prediction > 0, np.zeros((*truth.shape, 3), np.uint8)
+    picture[found & (prediction == truth)] = (255, 255, 255)
+    picture[found & (prediction != truth)] = (230, 50, 30)
+    picture[~found & (truth > 0)] = (40, 110, 255)
+    picture[truth == IGNORE] = 0
     return picture
 
 
@@ -106,7 +102,6 @@ def plot_confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figu
 
 def animate(frames: list[np.ndarray], seconds: float = 1.0) -> bytes:
     """Pictures uint8 (H, W, 3) one after the other as the bytes of an endless animated GIF."""
-    images = [Image.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=int(seconds * 1000), loop=0)
+    (first, *others), buffer = map(Image.fromarray, frames), io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=int(seconds * 1000), loop=0)
     return buffer.getvalue()

@@ -31,24 +31,16 @@ TILE = 1536  # images with a longer side are predicted tile by tile, which bound
 def predict_probabilities(
     model: nn.Module, image: Tensor, flips: Flips = True, tile: int = TILE, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Probabilities for an image of any size; outside the field of view background is certain.
+    """Probabilities for an image, float32 (C, H, W), of any size, normalised as in training, on the model's device.
 
-    Args:
-        model: a network in evaluation mode.
-        image: float32 (C, H, W), normalised as in training, on the model's device.
-        flips: average over the image and its three mirror images, or its `horizontal` one (test-time augmentation).
-        tile: longest side in pixels that goes through the network at once.
-        size: height and width of the result, interpolated linearly; the image's own by default.
-
-    Returns:
-        float32 (H, W) for a binary network (sigmoid), else (K, H, W) (softmax, adds up to 1).
+    The model is in evaluation mode. `flips` averages over the image and its three mirror images, or its `horizontal`
+    one (test-time augmentation); at most `tile` pixels a side go through the network at once. Returns float32 (H, W),
+    by sigmoid, or (K, H, W), by softmax, interpolated linearly to `size`, by default the image's own. Outside the field
+    of view background is certain.
     """
     axes = [(), (-1,), (-2,), (-2, -1)][: {True: 4, "horizontal": 2, False: 1}[flips]]
-    total = torch.zeros((), device=image.device)
-    for dims in axes:
-        logits = predict_logits(model, image.flip(dims)[None], tile)
-        total = total + probabilities(logits)[0].flip(dims)
-    probability = total / len(axes)
+    views = (probabilities(predict_logits(model, image.flip(dims)[None], tile))[0].flip(dims) for dims in axes)
+    probability = sum(views) / len(axes)
     outside = (image == 0).all(0)  # as `images.normalise` leaves it; nothing there was ever trained on
     probability[..., outside] = 0
     if probability.ndim == 3:
@@ -57,15 +49,14 @@ def predict_probabilities(
         return probability
     channels = probability.reshape(1, -1, *image.shape[-2:])
     larger = functional.interpolate(channels, tuple(size), mode="bilinear").clamp(0, 1)
-    return larger[0] if probability.ndim == 3 else larger[0, 0]
+    return larger.reshape(*probability.shape[:-2], *size)
 
 
 def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor:
     """Logits (B, K, H, W) for images (B, C, H, W) of any size; a border that valid convolutions eat is mirrored.
 
-    Larger images are cut into tiles that see `margin` pixels of their surroundings, of which only the middle is kept
-    (the overlap-tile strategy, Ronneberger et al. 2015, figure 2). With a margin as wide as the network's receptive
-    field reaches, the seams are those of the untiled prediction.
+    Larger images are cut into tiles, of which only the middle is kept (the overlap-tile strategy, Ronneberger et al.
+    2015, figure 2). As their margin is as wide as the network's receptive field reaches, there are no seams.
     """
     height, width = images.shape[-2:]
     if max(height, width) <= tile:
@@ -98,14 +89,9 @@ def forward_whole(model: nn.Module, images: Tensor) -> Tensor:
 
 def mirror_border(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
     """Continue images (B, C, H, W) beyond their border by mirroring, as often as the border's width asks for."""
-
-    def mirrored(length: int, before: int, after: int) -> Tensor:
-        period = max(2 * (length - 1), 1)
-        index = torch.arange(-before, length + after, device=images.device) % period
-        return torch.minimum(index, period - index) if length > 1 else torch.zeros_like(index)
-
-    rows = mirrored(images.shape[-2], top, bottom)
-    columns = mirrored(images.shape[-1], left, right)
+    height, width = images.shape[-2:]
+    rows = torch.from_numpy(np.pad(np.arange(height), (top, bottom), mode="reflect"))  # torch's own mirrors only once
+    columns = torch.from_numpy(np.pad(np.arange(width), (left, right), mode="reflect"))
     return images[..., rows, :][..., columns]
 
 
@@ -122,38 +108,26 @@ def predict(
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
     A binary mask holds 0 and 255. With several classes it holds class indices, `<stem>_color.png` shows them in
-    colours, which `legend.png` explains, and the probability is that of the class chosen. Images are averaged over
-    flips as in `evaluate`.
+    colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
+    folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown. With
+    `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
+    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress.
 
-    Args:
-        run: folder of a trained network.
-        paths: image files, or folders of them.
-        output: where to write; made if it does not exist.
-        flips: average over the mirror images that training has shown.
-        device: as in the configuration.
-        truth: a folder of masks, or one mask, that belong to the images by name: also writes `<stem>_errors.png`.
-        gif: also write `<stem>.gif`, which shows image, probability and mask in turn.
-        quiet: show no progress.
-
-    Returns:
-        The paths of the masks.
-
-    Raises:
-        UserError: before anything is written, if an input or the output folder cannot be used.
+    Returns the paths of the masks. Raises `UserError`, before anything is written, if input or output cannot be used.
     """
     images = find_inputs(paths)
     folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
     if os.path.realpath(output) in folders | {os.path.realpath(truth or images[0])}:
         raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
-    truths = find_truths(images, truth, opened.config.data.mask_values) if truth else {}
+    config = opened.config
+    truths = find_truths(images, truth, config.data.mask_values) if truth else {}
     for path in images:  # look at every input before the first output
         size = read_image(path).shape[:2]
         if path in truths and truths[path].shape != size:
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
     model = opened.model.to(target, memory_format=torch.channels_last)
-    written, config = [], opened.config
     if config.model.num_classes > 1:
         names = class_names(config.data, config.model.num_classes)
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
@@ -170,17 +144,13 @@ def predict(
             files[".gif"] = animate(frames(image, probability, mask))
         for ending, content in files.items():
             write_whole(output / (path.stem + ending), content)
-        written.append(output / f"{path.stem}_mask.png")
-    return written
+    return [output / f"{path.stem}_mask.png" for path in images]
 
 
 def predict_image(
     model: nn.Module, image: np.ndarray, device: torch.device, flips: Flips = True, longest_side: int | None = None
 ) -> Tensor:
-    """Probabilities, see `predict_probabilities`, for an image as `read_image` gives it, (H, W, 3), at its own size.
-
-    `longest_side` is that of the run's `config.data`, to which training images were reduced.
-    """
+    """`predict_probabilities` of a picture, see `read_image`, at its size; `longest_side` as in `config.data`."""
     normalised = torch.from_numpy(normalise(shrink(image, longest_side))).permute(2, 0, 1)
     return predict_probabilities(model, normalised.to(device), flips, size=image.shape[:2])
 
@@ -201,22 +171,20 @@ def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
     """Image, probability and mask as pictures uint8 (H, W, 3)."""
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
-    strength = (probability if probability.ndim == 2 else probability.amax(0)).numpy()
-    several = probability.ndim == 3
-    mask = colour_classes(classes, len(probability)) if several else np.stack([classes * 255] * 3, -1)
-    return [photo, np.stack([(strength * 255).round().astype(np.uint8)] * 3, -1), mask]
+    if probability.ndim == 3:
+        mask, probability = colour_classes(classes, len(probability)), probability.amax(0)
+    else:
+        mask = np.stack([classes * 255] * 3, -1)
+    return [photo, np.stack([(probability.numpy() * 255).round().astype(np.uint8)] * 3, -1), mask]
 
 
 def find_inputs(paths: list[Path | str]) -> list[Path]:
     """The image files among files and folders; two of one stem would overwrite each other's predictions."""
-    images: list[Path] = []
-    for path in map(Path, paths):
-        images += list_images(path) if path.is_dir() else [path]
-    stems: dict[str, Path] = {}
+    images = [image for path in map(Path, paths) for image in (list_images(path) if path.is_dir() else [path])]
+    stems = {}
     for path in images:
-        if path.stem in stems:
-            raise UserError(f"{path}: its predictions would overwrite those of {stems[path.stem]}; predict them apart.")
-        stems[path.stem] = path
+        if (other := stems.setdefault(path.stem, path)) is not path:
+            raise UserError(f"{path}: its predictions would overwrite those of {other}; predict them apart.")
     return images
 
 
