@@ -38,6 +38,7 @@ CLASS_NAMES = {
 # RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
 RITE_COLOURS = {0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE}
 CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
+MEANINGS = {"drive": "binary", "rite": RITE_COLOURS, "carvana": "binary", "camvid": CAMVID_LABELS}  # of mask values
 
 
 def class_names(config: DataConfig, num_classes: int) -> list[str]:
@@ -61,14 +62,11 @@ def read_public(name: str, root: Path, observer: int = 1) -> tuple[list[Pair], l
     if name.startswith("nyuv2"):
         pairs, meaning = read_nyuv2(root, int(name[-2:]))
         return pairs, [pair.folders[0] if pair.folders else pair.image.stem for pair in pairs], meaning
-    if name == "carvana":
-        pairs = read_carvana(root)
-        return pairs, [pair.image.name[:12] for pair in pairs], "binary"  # of the car; the angle follows
-    if name == "camvid":
-        pairs = read_camvid(root)
-        return pairs, [pair.image.stem.split("_")[0] for pair in pairs], CAMVID_LABELS  # the film sequence
-    pairs, meaning = (read_drive(root, observer), "binary") if name == "drive" else (read_rite(root), RITE_COLOURS)
-    return pairs, [pair.image.stem for pair in pairs], meaning
+    readers = {"drive": read_drive, "rite": read_rite, "carvana": read_carvana, "camvid": read_camvid}
+    pairs = read_drive(root, observer) if observer == 2 else readers[name](root)
+    # Carvana's names begin with the car, then comes the angle; CamVid's with the film sequence.
+    group = {"carvana": lambda stem: stem[:12], "camvid": lambda stem: stem.split("_")[0]}.get(name, str)
+    return pairs, [group(pair.image.stem) for pair in pairs], MEANINGS[name]
 
 
 def _find(root: Path | str, name: str) -> list[Path]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
             pairs, meaning = read_folder(root), config.mask_values
             groups = groups_by_name(pairs, config.group_pattern)
             if meaning == "auto":
-                meaning = _meaning_of([pair.mask for pair in pairs])
+                meaning = find_meaning([pair.mask for pair in pairs])
         else:
             pairs, groups, meaning = read_public(config.name, root, observer)
         brought = [pair.split for pair in pairs]
@@ -79,7 +80,7 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
     return sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.name))
 
 
-def _meaning_of(masks: Sequence[Path]) -> images.Meaning:
+def find_meaning(masks: Sequence[Path]) -> images.Meaning:
     """What mask values mean, from every mask of the data set; an error names the mask with the strangest ones."""
     values = {path: set(np.flatnonzero(np.bincount(images.read_mask_values(path).ravel())).tolist()) for path in masks}
     found = set().union(*values.values())
@@ -102,8 +103,8 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     if sample.number is not None:
         image, values = load_nyuv2(sample.image, sample.number)
     else:
-        colours = isinstance(sample.meaning, dict) and max(sample.meaning) > 2**16
-        image, values = images.read_image(sample.image), images.read_mask_values(sample.mask, colours)
+        image = images.read_image(sample.image)
+        values = images.read_mask_values(sample.mask, images.is_coloured(sample.meaning))
     view = None if sample.field_of_view is None else images.read_mask_values(sample.field_of_view)
     for path, array in ((sample.mask, values), (sample.field_of_view, view)):
         if array is not None and array.shape != image.shape[:2]:
@@ -185,7 +186,7 @@ def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
     try:
         record = np.lib.format.open_memmap(path, mode="r")
         return tuple(record[name] for name in PARTS) if record["source"] == source else None
-    except Exception:  # there is no such file, or whatever NumPy raises over a damaged one
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # no such file, or a damaged one
         return None
 
 
@@ -207,7 +208,7 @@ class TrainingPatches(Dataset):
         self.names = [sample.name for sample in samples]
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
         self.decoded, there = Decoded(samples, config), False
-        for index in tqdm(range(len(samples)), "reading images", unit="image", leave=False, disable=None):
+        for index in tqdm(range(len(samples)), "reading images", leave=False, disable=not self.decoded.cached):
             mask = self.decoded.check(index)[1]
             there = there or bool(((mask != 0) & (mask != IGNORE)).any())
         if not there:

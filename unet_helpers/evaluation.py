@@ -5,7 +5,6 @@ The threshold comes from the run's own `metrics.json`, where training put it aft
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,20 @@ from unet_helpers.catalogue import class_names
 from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
-from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, class_mean
+from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, mean_dice, mean_iou
 from unet_helpers.prediction import predict_logits, predict_probabilities
 from unet_helpers.runs import load_run
-from unet_helpers.scores import ONE_IMAGE, bootstrap_interval, cldice, defined_mean, dice, paired_difference, undefined
+from unet_helpers.scores import (
+    ONE_IMAGE,
+    bootstrap_interval,
+    cldice,
+    defined_mean,
+    dice,
+    iou,
+    paired_difference,
+    undefined,
+)
 from unet_helpers.system import find_device, write_json
-
-mean_dice = partial(class_mean, dice)  # of the classes that the truth holds, from their counts (..., K, 4) to (...)
 
 
 @dataclass
@@ -106,10 +112,13 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
             "classes": result.class_names,
             "absent": absent,  # from the truth, and therefore left out of the means
             "per_class": scores["per_class"],
+            "per_class_dice_ci95": [list(bootstrap_interval(counts[:, k], dice)) for k in range(result.num_classes)],
             "confusion": result.table.table.tolist(),
         }
     per_image, groups = score(counts), np.array(result.groups)
     names = sorted(set(result.groups)) if len(set(groups)) < len(groups) else []  # not where each is of one image
+    pooled = {name: counts[groups == name].sum(0) for name in names}
+    overlap = iou if result.num_classes == 1 else mean_iou
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     return {
         **{name: scores[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
@@ -121,7 +130,7 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         "n_images": len(counts),
         "n_pixels": scores["total"],
         **several,
-        "per_group_dice": {name: float(score(counts[groups == name].sum(0))) for name in names},
+        "per_group": {name: {"dice": float(score(c)), "iou": float(overlap(c))} for name, c in pooled.items()},
         "undefined": reasons,
     }
 

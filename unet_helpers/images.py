@@ -134,6 +134,11 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
     return "classes"
 
 
+def is_coloured(meaning: Meaning) -> bool:
+    """Whether the masks are pictures in colours, and the meaning tells the class of each, 0xRRGGBB."""
+    return isinstance(meaning, dict) and max(meaning) > 2**16
+
+
 def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
 
@@ -143,7 +148,7 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
         known, classes = np.array(sorted(meaning.items())).T
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
         if (wrong := values[known[place] != values]).size:
-            value = f"the colour #{wrong[0]:06x}" if known[-1] > 2**16 else f"the label {wrong[0]}"
+            value = f"the colour #{wrong[0]:06x}" if is_coloured(meaning) else f"the label {wrong[0]}"
             raise UserError(f"holds {value}, which is none of this data set: get the file again")
         return classes[place].astype(np.uint8)
     if meaning == "binary":

@@ -6,6 +6,7 @@ bit. Probabilities are compared as the 16-bit numbers of `predict`'s PNG, so a f
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from unet_helpers.config import IGNORE, UserError
 from unet_helpers.losses import check_labels
-from unet_helpers.scores import SCORES, Score, defined_mean, dice, ratio, scores
+from unet_helpers.scores import SCORES, Score, defined_mean, dice, iou, ratio, scores
 
 LEVELS = 65536  # of a 16-bit probability
 
@@ -155,6 +156,9 @@ def class_mean(score: Score, counts) -> np.ndarray:
     return defined_mean(np.where(tp + fn > 0, score(counts), np.nan))
 
 
+mean_dice, mean_iou = partial(class_mean, dice), partial(class_mean, iou)
+
+
 def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.ndarray:
     """tp, fp, fn, tn of each image, (B, 4) int64, or of each of several classes against all others, (B, K, 4).
 
@@ -162,12 +166,11 @@ def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.
     """
     predicted = torch.as_tensor(predicted)
     target = _checked(predicted, target, num_classes)
-    valid, per_class = target != IGNORE, []
-    for k in [1] if num_classes == 1 else range(num_classes):
-        p, y = (predicted == k) & valid, target == k
-        cells = torch.stack([p & y, p & ~y, ~p & y, valid & ~p & ~y], -1)
-        per_class.append(cells.flatten(1, -2).sum(1))
-    return (per_class[0] if num_classes == 1 else torch.stack(per_class, 1)).cpu().numpy()
+    tables = [ConfusionMatrix(max(2, num_classes), predicted.device) for _ in predicted]
+    for table, *pictures in zip(tables, predicted, target, strict=True):
+        table.update(*pictures)
+    counts = np.stack([table.counts() for table in tables])
+    return counts[:, 1] if num_classes == 1 else counts
 
 
 def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:

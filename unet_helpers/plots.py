@@ -73,7 +73,7 @@ def class_colours(num_classes: int) -> np.ndarray:
     return (255 * to_rgba_array(colours)[place, :3] * 0.65 ** rounds[:, None]).round().astype(np.uint8)
 
 
-def colour_classes(classes: np.ndarray, num_classes: int) -> np.ndarray:
+def colour_classes(classes: np.ndarray, num_classes: int = 8) -> np.ndarray:
     """Class indices (H, W) below `num_classes`, or 255, as an RGB picture uint8 (H, W, 3); 255 is grey."""
     colours = np.full((256, 3), 128, np.uint8)
     colours[:num_classes] = class_colours(num_classes)

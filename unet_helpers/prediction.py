@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from unet_helpers.catalogue import class_names
+from unet_helpers.catalogue import MEANINGS, class_names
 from unet_helpers.config import Flips, UserError
-from unet_helpers.images import decode_mask, list_images, mask_meaning, normalise, read_image, read_mask_values, shrink
+from unet_helpers.datasets import find_meaning
+from unet_helpers.images import decode_mask, is_coloured, list_images, normalise, read_image, read_mask_values, shrink
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
 from unet_helpers.plots import animate, class_handles, colour_classes, error_map, to_png
@@ -121,7 +122,8 @@ def predict(
         raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
     config = opened.config
-    truths = find_truths(images, truth, config.data.mask_values) if truth else {}
+    meaning = MEANINGS.get(config.data.name, config.data.mask_values)
+    truths = find_truths(images, truth, meaning) if truth else {}
     for path in images:  # look at every input before the first output
         size = read_image(path).shape[:2]
         if path in truths and truths[path].shape != size:
@@ -188,13 +190,11 @@ def find_inputs(paths: list[Path | str]) -> list[Path]:
     return images
 
 
-def find_truths(images: list[Path], truth: Path | str, meaning: str = "auto") -> dict[Path, np.ndarray]:
-    """Masks (H, W) for the images, found by name as in a folder data set; `meaning` as in `data.mask_values`."""
+def find_truths(images: list[Path], truth: Path | str, meaning="auto") -> dict[Path, np.ndarray]:
+    """Masks (H, W) for the images, found by name as in a folder data set; `meaning` as in `decode_mask`, or `auto`."""
     truth = Path(truth)
     if not truth.is_dir() and len(images) > 1:
         raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
     masks = pair_by_name(images, list_images(truth)) if truth.is_dir() else {images[0]: truth}
-    values = {path: read_mask_values(mask) for path, mask in masks.items()}
-    if meaning == "auto":
-        meaning = mask_meaning(set().union(*(np.unique(value).tolist() for value in values.values())))
-    return {path: decode_mask(value, meaning) for path, value in values.items()}
+    meaning = find_meaning(list(masks.values())) if meaning == "auto" else meaning
+    return {path: decode_mask(read_mask_values(mask, is_coloured(meaning)), meaning) for path, mask in masks.items()}

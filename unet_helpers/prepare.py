@@ -21,12 +21,13 @@ from tqdm import tqdm
 from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
+from unet_helpers.images import is_coloured
 from unet_helpers.pairing import SPLITS
 from unet_helpers.system import make_folder, write_error, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
-MEANINGS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
+FORMS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
 MAX_ANGLE = 45.0  # degrees
 
 
@@ -73,11 +74,11 @@ def _describe(config: DataConfig, samples: list[Sample], pixels: np.ndarray, siz
     shares = [f"{names[value]} {pixels[value] / scored:.1%}" for value in found]
     meaning = samples[0].meaning
     if isinstance(meaning, dict):
-        form, style = ("colours", "#{:06x}") if max(meaning) > 2**16 else ("labels", "{}")
+        form, style = ("colours", "#{:06x}") if is_coloured(meaning) else ("labels", "{}")
         void = ", ".join(style.format(value) for value, index in meaning.items() if index == IGNORE)
         meaning = f"{len(set(meaning.values()) - {IGNORE})} classes from the set's own {form}; {void} ignored"
     else:
-        meaning = f"{meaning} ({MEANINGS[meaning]})"
+        meaning = f"{meaning} ({FORMS[meaning]})"
     common = ", ".join(f"{size} ({count})" for size, count in sizes.most_common(3))
     overrule = "; data.mask_values overrules it" if config.name == "folder" else ""
     groups = {split: [sample.group for sample in samples if sample.split == split] for split in SPLITS}

@@ -1,3 +1,4 @@
+import glob
 import hashlib
 import json
 import os
@@ -406,3 +407,20 @@ print(len(samples), memory() - before)
     count, megabytes = map(float, result.stdout.split())
     assert count == 1449
     assert megabytes < 300
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_split_by_cars_does_not_depend_on_the_order_of_files(tmp_path, monkeypatch, seed):
+    carvana(tmp_path)
+    config = DataConfig("carvana", str(tmp_path), val_share=0.25, test_share=0.25, split_seed=seed)
+    expected = find_samples(config)
+
+    def shuffled(function):
+        def call(*args, **options):
+            return iter(np.random.default_rng(seed).permutation(np.array(list(function(*args, **options)), object)))
+
+        return call
+
+    monkeypatch.setattr(Path, "glob", shuffled(Path.glob))
+    monkeypatch.setattr(glob, "iglob", shuffled(glob.iglob))
+    assert find_samples(config) == expected

@@ -224,6 +224,8 @@ def test_classes_absent_from_the_truth_are_left_out_and_named(three_classes, tmp
     assert scores["iou"] == pytest.approx(np.mean(scores["per_class"]["iou"][:2]))
     assert np.sum(scores["confusion"]) == scores["n_pixels"] == 3 * 64 * 64
     assert np.sum(scores["confusion"][2]) == 0
+    for (low, high), value in list(zip(scores["per_class_dice_ci95"], scores["per_class"]["dice"], strict=True))[:2]:
+        assert low <= value <= high
 
 
 def test_an_image_that_is_all_void_changes_no_score(three_classes, tmp_path):
@@ -238,14 +240,13 @@ def test_scores_by_group_are_those_of_its_images_alone(trained_run, three_classe
     masks = [make_retina(number, 64).artery_vein for number in range(4)]
     for run, folder in ((three_classes, "classes"), (trained_run, "binary")):
         data = write_classes(tmp_path / folder, masks if run is three_classes else [np.minimum(m, 1) for m in masks])
-        both = evaluate(run, data)["per_group_dice"]
+        both = evaluate(run, data)["per_group"]
         assert list(both) == ["car0", "car1"]
         for path in sorted((tmp_path / folder).rglob("car1*")):
             path.unlink()
         alone = evaluate(run, data)
-        assert both["car0"] == alone["dice"]
-    assert "per_group_dice" in alone
-    assert evaluate(trained_run)["per_group_dice"] == {}  # every image is a group of its own
+        assert both["car0"] == {"dice": alone["dice"], "iou": alone["iou"]}
+    assert evaluate(trained_run)["per_group"] == {}  # every image is a group of its own
 
 
 def test_what_predict_wrote_scores_exactly_1_against_itself(three_classes, trained_run, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unet_helpers.catalogue import MEANINGS
 from unet_helpers.config import UserError
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.evaluation import evaluate
@@ -193,3 +194,15 @@ def test_ground_truth_is_read_as_the_data_the_run_was_trained_on(tmp_path):
     images = [Path("a.png")]
     assert find_truths(images, tmp_path / "a.png")[images[0]].tolist() == [[0, 1]]
     assert find_truths(images, tmp_path / "a.png", "classes")[images[0]].tolist() == [[0, 255]]
+
+
+def test_ground_truth_in_the_form_of_a_public_set(tmp_path):
+    """RITE's colours, and CamVid's labels of which 11 is void: as the data set itself reads them."""
+    Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)).save(tmp_path / "a.png")
+    assert find_truths([tmp_path / "a.png"], tmp_path / "a.png", MEANINGS["rite"])[tmp_path / "a.png"].tolist() == [
+        [1, 2, 255]
+    ]
+    Image.fromarray(np.array([[0, 10, 11]], np.uint8)).save(tmp_path / "b.png")
+    assert find_truths([tmp_path / "b.png"], tmp_path / "b.png", MEANINGS["camvid"])[tmp_path / "b.png"].tolist() == [
+        [0, 10, 255]
+    ]
