@@ -24,9 +24,9 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     """Measure training and prediction with the configured model, data and device.
 
     Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
-    image predicted has `size` (height, width), by default DRIVE's. Returns `spread` of the seconds of a training step,
-    of waiting for its data (`data_share` of its time), of reading an image from its files, and from memory or cache
-    instead, and of predicting one without and with flips; and of the images trained on per second.
+    image predicted has `size` (height, width), by default DRIVE's. Returns the `spread` of images trained on per second
+    and of the seconds of a training step, waiting for its data (`data_share` of it), reading an image (`decode`) or
+    taking it from memory or cache (`cached`), and predicting one without and with flips.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training

@@ -1,7 +1,6 @@
 """The public data sets: where their files lie, what the numbers in their labels mean, and how to get them.
 
 Each reader finds a set at any depth below a folder, checks that it is whole, and lists its pairs of image and mask.
-`pairing` decides which of them validate and test, unless the set brings its own standard split.
 """
 
 import glob

@@ -150,9 +150,7 @@ def evaluate(
     return scores
 
 
-def compare(
-    run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split: str = "test", **options
-) -> dict:
+def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split="test", **options) -> dict:
     """Dice of run A minus Dice of run B on the same images, with its paired bootstrap interval over images."""
     a, b = (score_run(run, data, split, **options)[1] for run in (run_a, run_b))
     if a.names != b.names or a.num_classes != b.num_classes:

@@ -1,7 +1,6 @@
 """From an image to a probability for every pixel, and from image files to masks on the disk.
 
-Whatever its size, an image is predicted at that size: borders are mirrored where convolutions eat them, large images
-go through the network tile by tile, and predictions of mirror images are averaged.
+Borders are mirrored where convolutions eat them, large images go tile by tile, mirror images are averaged.
 """
 
 import math
@@ -128,6 +127,7 @@ def predict(
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
     model = opened.model.to(target, memory_format=torch.channels_last)
+    flips = flips and config.augmentation.flips
     if config.model.num_classes > 1:
         names = class_names(config.data, config.model.num_classes)
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
@@ -135,8 +135,7 @@ def predict(
         write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
-        views = flips and config.augmentation.flips
-        probability = predict_image(model, image, target, views, config.data.longest_side).cpu()
+        probability = predict_image(model, image, target, flips, config.data.longest_side).cpu()
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
