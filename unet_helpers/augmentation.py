@@ -73,11 +73,9 @@ class RandomPatch(A.DualTransform):
         return cv2.remap(window, moved.astype(np.float32), None, interpolation, **options)
 
 
+# Normalising takes out what a whole picture shares; light and colour also differ from place to place within one.
 class ChannelLight(A.ImageOnlyTransform):
-    """Change brightness (an offset) and contrast (a gain) of each colour channel on its own.
-
-    Normalising takes out what a whole picture shares; light and colour also differ from place to place within one.
-    """
+    """Change brightness (an offset) and contrast (a gain) of each colour channel on its own."""
 
     def __init__(self, brightness: float, contrast: float):
         super().__init__(p=1.0)
@@ -104,8 +102,7 @@ def make_augmentation(config: AugmentationConfig) -> Callable[..., Arrays]:
     three as patches of `config.patch_size`, same types; the same seed gives the same patch, in any process.
     """
     steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
-    if config.flips:
-        steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: 1 if config.flips == "horizontal" else 2]
+    steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: {True: 2, "horizontal": 1, False: 0}[config.flips]]
     if config.gamma:
         steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))
     if config.brightness or config.contrast:

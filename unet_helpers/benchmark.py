@@ -33,9 +33,9 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     device = accelerator.device
     patches = TrainingPatches(samples_of(config, "train"), config)
     torch.manual_seed(config.seed)
-    network = build_model(config.model).to(device)
+    network = build_model(config.model).to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
-    model, optimiser = accelerator.prepare(network.train(), optimiser)
+    model, optimiser = accelerator.prepare(network, optimiser)
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
     batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
     loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
@@ -83,10 +83,7 @@ def measure(work: Callable[[], object], device: torch.device, steps: int, warmup
 
 def clock(device: torch.device) -> float:
     """The time, once everything handed to the device has been done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    getattr(torch, device.type).synchronize()  # on a CPU it does nothing
     return time.perf_counter()
 
 

@@ -103,7 +103,7 @@ def read_drive(root: Path, observer: int = 1) -> list[Pair]:
 
 def _by_number(folder: Path) -> dict[str, Path]:
     """Files of a DRIVE folder by the number their names begin with."""
-    files: dict[str, Path] = {}
+    files = {}
     for path in list_images(folder):
         number = re.match(r"\d*", path.name).group()
         if not number or number in files:

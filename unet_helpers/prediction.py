@@ -110,9 +110,8 @@ def predict(
     colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
     folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown. With
     `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
-    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress.
-
-    Returns the paths of the masks. Raises `UserError`, before anything is written, if input or output cannot be used.
+    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress. Returns the paths of the masks;
+    raises `UserError`, before anything is written, if input or output cannot be used.
     """
     images = find_inputs(paths)
     folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
@@ -170,10 +169,9 @@ def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
     """Image, probability and mask as pictures uint8 (H, W, 3)."""
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
+    mask = np.stack([classes * 255] * 3, -1)
     if probability.ndim == 3:
         mask, probability = colour_classes(classes, len(probability)), probability.amax(0)
-    else:
-        mask = np.stack([classes * 255] * 3, -1)
     return [photo, np.stack([(probability.numpy() * 255).round().astype(np.uint8)] * 3, -1), mask]
 
 

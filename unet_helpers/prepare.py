@@ -124,7 +124,6 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
     Training and validation images both go to `train`: with `data.name=folder` and `data.val_share=0.15`, 3 of the 20
     originals validate with all their copies, 12 of 80. Copies are named `<original>__<change>`, by which the folder
     data set keeps them in their original's group, out of the training images. Masks hold class indices and 255.
-
     `output` must not exist yet or be empty, and is written whole or not at all. Returns one line on what was written.
     """
     output = Path(output)
