@@ -203,8 +203,7 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
 def normalise(image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None) -> np.ndarray:
     """Scale an image, uint8 or float32 (H, W, 3), to mean 0 and standard deviation 1 in each channel: finite float32.
 
-    `view`, bool (H, W), outside which it becomes 0, is by default its `field_of_view`; `statistics` of a patch are the
-    whole image's `statistics_inside`.
+    Outside `view`, bool (H, W), by default its `field_of_view`, it is 0; a patch takes the whole image's `statistics`.
     """
     view = field_of_view(image) if view is None else view
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
