@@ -1,14 +1,13 @@
 """Random changes to a training image while it is on its way into the network: no two epochs show the same picture.
 
-Geometry comes first, in a single interpolation straight from the whole image into the patch; then flips, light and
-noise. Mask and field of view are interpolated by nearest neighbour, so that no class index is invented; whatever comes
-from outside the image is 255 in the mask and outside the field of view.
+Geometry comes first, in one interpolation from the whole image into the patch; then flips, light and noise. Mask and
+field of view take the nearest neighbour, so that no class index is invented; outside the image they are 255 and False.
 """
 
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,6 @@ import cv2
 from unet_helpers.config import IGNORE, AugmentationConfig
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-Augmentation = Callable[[np.ndarray, np.ndarray, np.ndarray, int | Sequence[int]], Arrays]
 
 cv2.setNumThreads(0)  # a patch is too small to share between threads; loader workers run side by side instead
 
@@ -75,11 +73,9 @@ class RandomPatch(A.DualTransform):
         return cv2.remap(window, moved.astype(np.float32), None, interpolation, **options)
 
 
+# Normalising takes out what a whole picture shares; light and colour also differ from place to place within one.
 class ChannelLight(A.ImageOnlyTransform):
-    """Change brightness (an offset) and contrast (a gain) of each colour channel on its own.
-
-    Normalising takes out what a whole picture shares; light and colour also differ from place to place within one.
-    """
+    """Change brightness (an offset) and contrast (a gain) of each colour channel on its own."""
 
     def __init__(self, brightness: float, contrast: float):
         super().__init__(p=1.0)
@@ -98,7 +94,7 @@ class ChannelLight(A.ImageOnlyTransform):
         return (img * gain + offset).clip(0, 1).astype(np.float32)
 
 
-def make_augmentation(config: AugmentationConfig) -> Augmentation:
+def make_augmentation(config: AugmentationConfig) -> Callable[..., Arrays]:
     """Build the augmentation that `config` describes.
 
     It is a function, which can be pickled, of (image, mask, view, seed): image uint8 (H, W, 3), or float32 in 0..1;
@@ -106,8 +102,7 @@ def make_augmentation(config: AugmentationConfig) -> Augmentation:
     three as patches of `config.patch_size`, same types; the same seed gives the same patch, in any process.
     """
     steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
-    if config.flips:
-        steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: 1 if config.flips == "horizontal" else 2]
+    steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: {True: 2, "horizontal": 1, False: 0}[config.flips]]
     if config.gamma:
         steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))
     if config.brightness or config.contrast:

@@ -24,18 +24,18 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     """Measure training and prediction with the configured model, data and device.
 
     Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
-    image predicted has `size` (height, width), by default DRIVE's. Returns `spread` of the seconds of a training step,
-    of waiting for its data (`data_share` of its time), of reading an image from its files, and from memory or cache
-    instead, and of predicting one without and with flips; and of the images trained on per second.
+    image predicted has `size` (height, width), by default DRIVE's. Returns the `spread` of images trained on per second
+    and of the seconds of a training step, waiting for its data (`data_share` of it), reading an image (`decode`) or
+    taking it from memory or cache (`cached`), and predicting one without and with flips.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training
     device = accelerator.device
     patches = TrainingPatches(samples_of(config, "train"), config)
     torch.manual_seed(config.seed)
-    network = build_model(config.model).to(device)
+    network = build_model(config.model).to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
-    model, optimiser = accelerator.prepare(network.train(), optimiser)
+    model, optimiser = accelerator.prepare(network, optimiser)
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
     batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
     loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
@@ -83,10 +83,7 @@ def measure(work: Callable[[], object], device: torch.device, steps: int, warmup
 
 def clock(device: torch.device) -> float:
     """The time, once everything handed to the device has been done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    getattr(torch, device.type).synchronize()  # on a CPU it does nothing
     return time.perf_counter()
 
 

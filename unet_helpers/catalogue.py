@@ -1,7 +1,6 @@
 """The public data sets: where their files lie, what the numbers in their labels mean, and how to get them.
 
 Each reader finds a set at any depth below a folder, checks that it is whole, and lists its pairs of image and mask.
-`pairing` decides which of them validate and test, unless the set brings its own standard split.
 """
 
 import glob
@@ -102,7 +101,7 @@ def read_drive(root: Path, observer: int = 1) -> list[Pair]:
 
 def _by_number(folder: Path) -> dict[str, Path]:
     """Files of a DRIVE folder by the number their names begin with."""
-    files: dict[str, Path] = {}
+    files = {}
     for path in list_images(folder):
         number = re.match(r"\d*", path.name).group()
         if not number or number in files:

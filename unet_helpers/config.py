@@ -33,8 +33,7 @@ class DataConfig:
         root: the folder below which the data lies, at any depth; unused by `sample`.
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
         mask_values: for `folder`: `binary` (not 0: foreground), `classes` (indices, 255: ignore), `auto`: found out.
-        group_pattern: for `folder`: regular expression for a file's stem (default: it up to `__`); names with the same
-            first group stay on one side of a split.
+        group_pattern: for `folder`: regular expression; stems of equal first group (default: up to `__`) stay together.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
         val_share: share of the groups kept for validation; from 2 on, their number.
         test_share: the same for testing, where the data set does not bring its own test images.

@@ -195,7 +195,6 @@ class TrainingPatches(Dataset):
 
     It is from the image at place n % N of epoch n // N's shuffling and depends on (seed, epoch, index of the image)
     alone: any number of loader workers gives the same, and `sampler=range(first, last)` goes on where training stopped.
-
     Items are (image, mask): float32 (3, P, P), normalised by the whole image's statistics inside its field of view and
     0 outside; int64 (P, P) with 255 for "ignore". All images are decoded at once, see `Decoded`. Raises `UserError` if
     no sample is for training, no mask holds foreground, or one a class that `config.model` lacks.

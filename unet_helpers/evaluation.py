@@ -75,8 +75,7 @@ def score_images(
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
     groups = [sample.group for sample in images.samples]
     result = Evaluation(num_classes, table, class_names=class_names(images.config.data, num_classes), groups=groups)
-    if num_classes > 1:
-        result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)]
+    result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
     for probability, mask, name in predictions(model, images, device, flips):
         result.names.append(name)
         if num_classes == 1:
@@ -136,12 +135,7 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
 
 
 def evaluate(
-    run: Path | str,
-    data: DataConfig | None = None,
-    split: str = "test",
-    flips: bool = True,
-    device: str = "auto",
-    save: bool = False,
+    run: Path | str, data: DataConfig | None = None, split="test", flips: bool = True, device="auto", save: bool = False
 ) -> dict:
     """Score a run, given by its folder, on one split of a data set, by default the one it was trained on.
 
@@ -159,9 +153,7 @@ def evaluate(
     return scores
 
 
-def compare(
-    run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split: str = "test", **options
-) -> dict:
+def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split="test", **options) -> dict:
     """Dice of run A minus Dice of run B on the same images, with its paired bootstrap interval over images."""
     a, b = (score_run(run, data, split, **options)[1] for run in (run_a, run_b))
     if a.names != b.names or a.num_classes != b.num_classes:

@@ -127,10 +127,9 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
     missing = classes[-1] + 1 - len(classes)
     if classes[-1] > IGNORE or missing > max(1, (classes[-1] + 1) // 4):
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-        raise UserError(
-            f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; masks resized with "
-            "interpolation or once saved as JPEG look like this: export them again, or set data.mask_values"
-        )
+        reason = "masks resized with interpolation or once saved as JPEG look like this"
+        problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; {reason}"
+        raise UserError(f"{problem}: export them again, or set data.mask_values")
     return "classes"
 
 
@@ -170,9 +169,8 @@ def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -
 def field_of_view(image: np.ndarray) -> np.ndarray:
     """Find the part of a photograph that the camera saw: bool (H, W), estimated from the image (H, W, 3) alone.
 
-    A fundus camera or endoscope with a round aperture leaves four black corners. Only then something is cut off: the
-    largest region brighter than the black is kept, with its holes filled and its outline smoothed, if it is convex
-    and covers a quarter of the picture. Any other picture is all field of view.
+    Only where a round aperture leaves four black corners something is cut off: the largest region brighter than they is
+    kept, holes filled and outline smoothed, if it is convex and covers a quarter. Other pictures are all field of view.
     """
     full_scale = 255.0 if image.dtype == np.uint8 else 1.0
     brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale, (5, 5), 0)
@@ -210,8 +208,7 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
 def normalise(image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None) -> np.ndarray:
     """Scale an image, uint8 or float32 (H, W, 3), to mean 0 and standard deviation 1 in each channel: finite float32.
 
-    `view`, bool (H, W), outside which it becomes 0, is its `field_of_view` by default; `statistics`, for a patch those
-    of the whole image, its `statistics_inside`.
+    Outside `view`, bool (H, W), by default its `field_of_view`, it is 0; a patch takes the whole image's `statistics`.
     """
     view = field_of_view(image) if view is None else view
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics

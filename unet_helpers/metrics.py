@@ -95,10 +95,7 @@ class BinaryHistogram(_Tally):
         return float(ratio((np.diff(tp, prepend=0) * precision_at).sum(), tp[-1]))
 
     def best_threshold(self) -> float:
-        """The multiple of .0001 between 0 and 1 with the highest pooled Dice: the middle of the lowest run of equals.
-
-        Where the truth holds no foreground any threshold is as good as any other: .5.
-        """
+        """The multiple of .0001 with the highest pooled Dice: the middle of the lowest run of equals (of all: .5)."""
         table = self.table.cpu().numpy()[:, ::-1].cumsum(1)[:, ::-1]  # at or above each level
         candidates = np.arange(1, 10_000) / 10_000
         fp, tp = table[:, [level(threshold) for threshold in candidates]]
@@ -176,9 +173,8 @@ def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.
 def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Skeleton counts of one image for `cldice`; add them up over images to pool.
 
-    From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 to (4,) int64: pixels of the predicted skeleton
-    inside the true vessels and in all, of the true skeleton inside the predicted vessels and in all. Pixels with target
-    255 are background for both before the skeletons are made, so both end where the truth ends.
+    From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 (background for both) to (4,) int64: pixels of the
+    predicted skeleton inside the true vessels and in all, of the true skeleton inside the predicted ones and in all.
     """
     from skimage.morphology import skeletonize  # half a second, which only clDice should cost
 

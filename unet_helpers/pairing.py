@@ -130,8 +130,7 @@ def _tokens(path: Path, words: str) -> tuple[str, ...]:
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     """The group of each image: what `data.group_pattern` finds in the stem of its name.
 
-    `train/0.png` and `test/0.png` are different groups unless the user's own pattern, or a copy such as `0__hflip.png`,
-    says that equal names mean the same thing.
+    Equal names in other folders are other groups, unless the pattern is the user's or there are copies, `0__hflip.png`.
     """
     groups = []
     for pair in pairs:
@@ -147,12 +146,7 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     return [g if g in copied else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named]
 
 
-# ---- splits
-def _shuffled(groups: Sequence[str], seed: int) -> list[str]:
-    """The distinct groups in an order that depends on the seed alone, not on the order of files or the machine."""
-    return np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
-
-
+# ---- splits: groups are sorted before they are shuffled, so that only the seed decides, not the order of files
 def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int) -> list[str]:
     """The split of each picture, from the group of each, so that no group is on two sides.
 
@@ -161,7 +155,7 @@ def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int
     """
     if min(shares.values()) < 0 or sum(share for share in shares.values() if share < 1) >= 1:
         raise UserError(f"data.val_share and data.test_share must be at least 0, together below 1, not {dict(shares)}")
-    order = _shuffled(groups, seed)
+    order = np.random.default_rng(seed).permutation(sorted(set(groups))).tolist()
     counts = {name: int(share) or max(1, round(len(order) * share)) for name, share in shares.items() if share > 0}
     if len(order) <= sum(counts.values()):
         remedy = "add pictures, lower the shares, or let data.group_pattern make more groups"
@@ -180,7 +174,8 @@ def k_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:
     if folds < 2 or len(sizes) < folds:
         raise UserError(f"data.folds is {folds}, but it must be 0 or from 2 to the number of groups, here {len(sizes)}")
     loads, fold_of = [0] * folds, {}
-    for group in sorted(_shuffled(groups, seed), key=lambda group: -sizes[group]):  # stable: equal sizes stay shuffled
+    order = np.random.default_rng(seed).permutation(sorted(sizes)).tolist()
+    for group in sorted(order, key=lambda group: -sizes[group]):  # stable: equal sizes stay shuffled
         fold_of[group] = loads.index(min(loads))
         loads[fold_of[group]] += sizes[group]
     return [fold_of[group] for group in groups]

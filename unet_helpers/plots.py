@@ -39,7 +39,8 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     return figure
 
 

@@ -1,7 +1,6 @@
 """From an image to a probability for every pixel, and from image files to masks on the disk.
 
-Whatever its size, an image is predicted at that size: borders are mirrored where convolutions eat them, large images
-go through the network tile by tile, and predictions of mirror images are averaged.
+Borders are mirrored where convolutions eat them, large images go tile by tile, mirror images are averaged.
 """
 
 import math
@@ -112,9 +111,8 @@ def predict(
     colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
     folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown. With
     `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
-    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress.
-
-    Returns the paths of the masks. Raises `UserError`, before anything is written, if input or output cannot be used.
+    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress. Returns the paths of the masks;
+    raises `UserError`, before anything is written, if input or output cannot be used.
     """
     images = find_inputs(paths)
     folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
@@ -130,6 +128,7 @@ def predict(
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
     model = opened.model.to(target, memory_format=torch.channels_last)
+    flips = flips and config.augmentation.flips
     if config.model.num_classes > 1:
         names = class_names(config.data, config.model.num_classes)
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
@@ -137,8 +136,7 @@ def predict(
         write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
-        views = flips and config.augmentation.flips
-        probability = predict_image(model, image, target, views, config.data.longest_side).cpu()
+        probability = predict_image(model, image, target, flips, config.data.longest_side).cpu()
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
@@ -173,10 +171,9 @@ def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
     """Image, probability and mask as pictures uint8 (H, W, 3)."""
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
+    mask = np.stack([classes * 255] * 3, -1)
     if probability.ndim == 3:
         mask, probability = colour_classes(classes, len(probability)), probability.amax(0)
-    else:
-        mask = np.stack([classes * 255] * 3, -1)
     return [photo, np.stack([(probability.numpy() * 255).round().astype(np.uint8)] * 3, -1), mask]
 
 

@@ -64,8 +64,8 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
         writer.writeheader()
         writer.writerows(vars(sample) for sample in samples if sample.split == split)
         write_whole(path, table.getvalue())
-    written = f"written: {', '.join(map(str, paths.values()))}"
-    return "\n".join([*_describe(config, samples, pixels, sizes), *notes, written])
+    notes.append(f"written: {', '.join(map(str, paths.values()))}")
+    return "\n".join([*_describe(config, samples, pixels, sizes), *notes])
 
 
 def _describe(config: DataConfig, samples: list[Sample], pixels: np.ndarray, sizes: Counter) -> list[str]:
@@ -125,7 +125,6 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
     Training and validation images both go to `train`: with `data.name=folder` and `data.val_share=0.15`, 3 of the 20
     originals validate with all their copies, 12 of 80. Copies are named `<original>__<change>`, by which the folder
     data set keeps them in their original's group, out of the training images. Masks hold class indices and 255.
-
     `output` must not exist yet or be empty, and is written whole or not at all. Returns one line on what was written.
     """
     output = Path(output)
@@ -138,6 +137,8 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
             (part / folder).mkdir(parents=True)
         for sample in samples:
             split = "test" if sample.split == "test" else "train"
+            name, group = (re.sub(r"[/_]+", "_", text) for text in (sample.name, sample.group))
+            stem = name if group == name else f"{group}__{name}"  # what comes before the first `__` is the group
             image, mask = load_sample(sample)
             image = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
             copies = {"": (image, mask)}
@@ -146,7 +147,7 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
                 copies["__rotated"] = _rotate(image, mask, rng.uniform(-MAX_ANGLE, MAX_ANGLE))
             for change, pictures in copies.items():
                 for kind, picture in zip(("image", "mask"), pictures, strict=True):
-                    target = part / split / kind / f"{_stem(sample)}{change}.png"
+                    target = part / split / kind / f"{stem}{change}.png"
                     if target.exists():
                         raise UserError(f"{sample.image}: another image would also be called {target.name}: rename it")
                     Image.fromarray(picture).save(target)
@@ -166,9 +167,3 @@ def _rotate(image: np.ndarray, mask: np.ndarray, angle: float) -> tuple[np.ndarr
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), angle, 1.0)
     turned = cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
     return turned, cv2.warpAffine(mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=IGNORE)
-
-
-def _stem(sample: Sample) -> str:
-    """A file name whose part before the first `__` is the sample's group."""
-    name, group = (re.sub(r"[/_]+", "_", text) for text in (sample.name, sample.group))
-    return name if group == name else f"{group}__{name}"
