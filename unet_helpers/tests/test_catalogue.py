@@ -15,10 +15,10 @@ from PIL import Image
 
 from unet_helpers.catalogue import (
     CLASS_NAMES,
+    NYUV2,
     class_names,
     find_drive,
     nyuv2_classes,
-    nyuv2_table,
     read_camvid,
     read_carvana,
     read_drive,
@@ -258,7 +258,7 @@ def nyuv2(path: Path, count: int = 8, height: int = 12, width: int = 20) -> tupl
         file["labels"] = labels.transpose(0, 2, 1)
         scenes = file.create_dataset("scenes", (1, count), dtype=h5py.ref_dtype)
         for number in range(count):
-            room = f"kitchen_{number // 2}{'train' if number + 1 in nyuv2_table()['train'] else 'test'}"
+            room = f"kitchen_{number // 2}{'train' if number + 1 in NYUV2['train'] else 'test'}"
             text = np.array([[ord(letter)] for letter in room], np.uint16)
             scenes[0, number] = file.create_dataset(f"#refs#/{number}", data=text).ref
     return images, labels
@@ -271,7 +271,7 @@ def test_nyuv2_from_the_official_file(tmp_path, classes):
     # Of the first eight numbers, 3 to 8 are for training and 1 and 2 for testing (from the published split).
     assert sorted(s.number + 1 for s in samples if s.split == "test") == [1, 2]
     assert {s.group for s in samples if s.split == "val"}.isdisjoint(s.group for s in samples if s.split == "train")
-    table = nyuv2_table()
+    table = NYUV2
     for sample in samples:
         image, mask = load_sample(sample)
         np.testing.assert_array_equal(image, images[sample.number])
@@ -294,7 +294,7 @@ def test_nyuv2_as_pictures(tmp_path, ending, classes):
     assert {s.name[-4:]: s.split == "test" for s in samples} == {"0001": True, "0003": False, "0006": False}
     image, mask = load_sample(samples[0])
     np.testing.assert_array_equal(image[..., 0], np.array(Image.open(samples[0].image)))
-    names, to_13 = nyuv2_table()["names_40"], nyuv2_table()["to_13"]
+    names, to_13 = NYUV2["names_40"], NYUV2["to_13"]
     assert mask[0, 0] == IGNORE
     for label in range(1, 7):
         assert mask[0, label] == (label - 1 if ending == classes else to_13[names.index(names[label - 1])] - 1)
@@ -319,7 +319,7 @@ def test_nyuv2_that_is_missing_cut_short_or_something_else(tmp_path):
 
 def test_nyuv2_tables_are_the_ones_that_were_checked_entry_by_entry():
     """The digest is that of the tables when `test_nyuv2_tables_against_the_official_files` passed."""
-    table = nyuv2_table()
+    table = NYUV2
     lengths = {"to_40": 894, "to_13": 40, "names_40": 40, "names_13": 13, "train": 795}
     assert {name: len(values) for name, values in table.items()} == lengths
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
@@ -333,7 +333,7 @@ def test_nyuv2_tables_are_the_ones_that_were_checked_entry_by_entry():
 
 @pytest.mark.skipif(not (REAL_DATA / "NYUv2").is_dir(), reason="no NYUv2 in data/ or what UNET_DATA_ROOT names")
 def test_nyuv2_tables_against_the_official_files():
-    table, home = nyuv2_table(), REAL_DATA / "NYUv2"
+    table, home = NYUV2, REAL_DATA / "NYUv2"
     forty = scipy.io.loadmat(home / "classMapping40.mat")
     thirteen = scipy.io.loadmat(home / "class13Mapping.mat")["classMapping13"][0, 0]
     assert table["to_40"] == forty["mapClass"].ravel().tolist()
@@ -362,7 +362,7 @@ def test_nyuv2_trains_evaluates_and_is_prepared_end_to_end(tmp_path, small_confi
     train(small_config, tmp_path / "run", quiet=True)
     scores = evaluate(tmp_path / "run")
     assert scores["n_images"] == 6  # 1, 2, 9, 14, 15 and 16 of the first 16
-    assert scores["classes"] == nyuv2_table()["names_13"]
+    assert scores["classes"] == NYUV2["names_13"]
     assert "these are 16 of the 1449 images" in prepare(small_config.data, tmp_path)
     small_config.model.num_classes = 12
     with pytest.raises(UserError, match=r"labeled\.mat.*num_classes must exceed 12"):

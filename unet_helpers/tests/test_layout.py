@@ -29,9 +29,7 @@ TOP_LEVEL |= {"requirements.txt", "README.md", "pyproject.toml"}
 
 
 def lines_of_modules(package: Path) -> dict[str, int]:
-    """How many lines each module has, comments and docstrings included, blank lines not."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
-    return {name: sum(bool(line.strip()) for line in text.splitlines()) for name, text in texts.items()}
+    return {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in package.glob("*.py")}
 
 
 def imports_of(source: str) -> dict[str, int]:
@@ -66,7 +64,7 @@ def test_the_package_is_small():
     lines = lines_of_modules(PACKAGE)
     assert len([name for name in lines if not name.startswith("__")]) <= 20
     assert sum(lines.values()) <= 4000
-    assert {name: count for name, count in lines.items() if count > 250} == {}
+    assert {name: count for name, count in lines.items() if count > 280} == {}
 
 
 def test_every_module_stands_on_one_floor():
