@@ -114,7 +114,7 @@ def read_rite(root: Path) -> list[Pair]:
 
 # ---- Carvana and CamVid
 def read_carvana(root: Path) -> list[Pair]:
-    """Carvana as Kaggle's archives unpack, or in `{train,val,test}_{images,masks}`, whose split would tear cars apart."""
+    """Carvana as Kaggle's archives unpack, or in `{train,val,test}_{images,masks}`, whose split tears cars apart."""
     found = [Path(path) for path in glob.iglob("**/*_masks/*_mask.gif", root_dir=root, recursive=True)]
     masks = {root / path for path in found}
     homes = {root / next(p.parent for p in reversed(path.parents) if p.name.endswith("_masks")) for path in found}
