@@ -200,14 +200,14 @@ class TrainingPatches(Dataset):
     no sample is for training, no mask holds foreground, or one a class that `config.model` lacks.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: Config) -> None:
+    def __init__(self, samples: Sequence[Sample], config: Config, quiet: bool = False) -> None:
         samples = [sample for sample in samples if sample.split == "train"]
         if not samples:
             raise UserError("there is no image to train on: check data.root and the shares of the splits")
         self.names = [sample.name for sample in samples]
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
         self.decoded, there = Decoded(samples, config), False
-        for index in tqdm(range(len(samples)), "reading images", leave=False, disable=not self.decoded.cached):
+        for index in tqdm(range(len(samples)), "reading images", leave=False, disable=quiet or not self.decoded.cached):
             mask = self.decoded.check(index)[1]
             there = there or bool(((mask != 0) & (mask != IGNORE)).any())
         if not there:

@@ -48,7 +48,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     main, device, processes = accelerator.is_main_process, accelerator.device, accelerator.num_processes
     if settings.batch_size % processes:
         raise UserError(f"training.batch_size is {settings.batch_size}: {processes} processes cannot share it evenly.")
-    patches = TrainingPatches(samples_of(config, "train"), config)
+    patches = TrainingPatches(samples_of(config, "train"), config, quiet)
     validation = WholeImages(samples_of(config, "val"), config, native=False)
     for index in range(len(validation)):
         validation[index]  # a file that cannot be used is found now, and not after the first epoch

@@ -196,16 +196,18 @@ def decodings(monkeypatch) -> list[str]:
     return names
 
 
-def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decodings, monkeypatch):
+def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decodings, monkeypatch, capsys):
     config, cache = cached
     samples = find_samples(config.data)
     expected = [TrainingPatches(samples, config)[n] for n in range(4)]
     assert not cache.exists()
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
-    TrainingPatches(samples, config)
+    TrainingPatches(samples, config, quiet=True)
+    assert capsys.readouterr().err == ""
     assert len(list(cache.iterdir())) == 4
     decodings.clear()
     patches = TrainingPatches(samples, config)
+    assert "reading images" in capsys.readouterr().err
     assert decodings == []
     assert isinstance(patches.decoded[1][0], np.memmap)
     for one, other in zip(expected, [pickle.loads(pickle.dumps(patches))[n] for n in range(4)], strict=True):
