@@ -103,12 +103,12 @@ def read_rite(root: Path) -> list[Pair]:
     homes, pairs = _find(root, "AV_groundTruth"), []
     if not homes:
         raise missing("rite", root, "no RITE below it (no folder AV_groundTruth)")
+    masks = {split: _by_number(homes[0] / folder / "av") for split, folder in (("train", "training"), ("test", "test"))}
     for pair in read_drive(root):
         number = re.match(r"\d*", pair.image.name).group()
-        masks = _by_number(homes[0] / ("training" if pair.split == "train" else "test") / "av")
-        if number not in masks:
+        if number not in masks[pair.split]:
             raise missing("rite", homes[0], f"no label picture number {number} ({pair.split})")
-        pairs.append(pair._replace(mask=masks[number]))
+        pairs.append(pair._replace(mask=masks[pair.split][number]))
     return pairs
 
 
@@ -122,7 +122,7 @@ def read_carvana(root: Path) -> list[Pair]:
     folders += [folder / folder.name for folder in folders]
     images = sorted(path for folder in folders for path in folder.glob("*.jpg"))
     if not images:
-        raise missing("carvana", root, f"no Carvana below it ({len(images)} images, {len(masks)} masks)")
+        raise missing("carvana", root, f"no Carvana below it (no images beside its {len(masks)} masks)")
     by_name = {path.name.removesuffix("_mask.gif"): path for path in masks}
     twice = Counter(path.stem for path in images).most_common(1)[0]
     if len(by_name) < len(masks) or twice[1] > 1:
@@ -160,16 +160,16 @@ def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:
     From the official file (MATLAB 7.3), whose pairs have the image's number, from 0, and its scene for a folder, since
     views of one room belong together; or from label PNGs `*_13` or `*_40` and pictures in `rgb`, numbered from 1.
     """
-    if files := sorted(root.rglob(NYUV2_FILE)):
+    if files := _find(root, NYUV2_FILE):
         with open_nyuv2(files[0]) as file:
             scenes = ["".join(map(chr, file[reference][:].ravel())) for reference in file["scenes"][:].ravel()]
         pairs = [Pair(files[0], files[0], "", (scene,), number=number) for number, scene in enumerate(scenes)]
         numbers, source = range(1, 1 + len(pairs)), 894
     else:
-        source = next((n for n in (classes, 40) if any(root.rglob(f"*_{n}.png"))), None)
+        source = next((n for n in (classes, 40) if _find(root, f"*_{n}.png")), None)
         if source is None:
             raise missing("nyuv2", root, f"neither {NYUV2_FILE} nor label PNGs named *_{classes}.png below it")
-        pictures = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        pictures = [p for p in _find(root, "*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
         masks = {_number(path.stem[:-3]): path for path in pictures if path.stem.endswith(f"_{source}")}
         images = {_number(p.stem): p for p in pictures if not re.search("_(13|40)$", p.stem) and "rgb" in p.parent.name}
         if lonely := sorted(masks.keys() ^ images.keys()):

@@ -186,7 +186,7 @@ def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
     try:
         record = np.lib.format.open_memmap(path, mode="r")
         return tuple(record[name] for name in PARTS) if record["source"] == source else None
-    except (OSError, ValueError, EOFError, SyntaxError, TokenError):  # no such file, or a damaged one
+    except (OSError, ValueError, EOFError, IndexError, SyntaxError, TokenError):  # no such file, or a damaged one
         return None
 
 

@@ -142,7 +142,7 @@ def evaluate(
     Raises `UserError` if the run, the data or the split cannot be used.
     """
     opened, result = score_run(run, data, split, flips, device)
-    scores = summarise(result, opened.threshold, flips)
+    scores = summarise(result, opened.threshold, flips and opened.config.augmentation.flips)
     if save:
         key = f"{data.name}_{split}" if data and data.name != opened.config.data.name else split
         reads = opened.metrics.get("reads", {})

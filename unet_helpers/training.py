@@ -144,7 +144,7 @@ def finish(
             "processes": accelerator.num_processes,
             "precision": accelerator.mixed_precision,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "val": summarise(result, threshold, flips=True),
+            "val": summarise(result, threshold, config.augmentation.flips),
         }
         write_json(run / "metrics.json", metrics)
     accelerator.wait_for_everyone()

@@ -136,7 +136,10 @@ def test_rite_names_a_file_with_a_colour_that_means_nothing_or_that_is_missing(t
         read_rite(tmp_path / "DRIVE")
 
 
-@pytest.mark.skipif(not (REAL_DATA / "RITE").is_dir(), reason="no RITE in data/ or what UNET_DATA_ROOT names")
+@pytest.mark.skipif(
+    not (find_drive(REAL_DATA) and list(REAL_DATA.rglob("AV_groundTruth"))),
+    reason="no DRIVE and RITE in data/ or the folder that UNET_DATA_ROOT names",
+)
 def test_real_rite_follows_the_second_observer_of_drive():
     first = [s for s in find_samples(DataConfig("drive", str(REAL_DATA))) if s.split == "test"]
     second = find_samples(DataConfig("drive", str(REAL_DATA)), observer=2)
@@ -331,17 +334,18 @@ def test_nyuv2_tables_are_the_ones_that_were_checked_entry_by_entry():
     assert set(nyuv2_classes(894, 13).values()) == {*range(13), IGNORE}
 
 
-@pytest.mark.skipif(not (REAL_DATA / "NYUv2").is_dir(), reason="no NYUv2 in data/ or what UNET_DATA_ROOT names")
+OFFICIAL = [REAL_DATA / "NYUv2" / f"{name}.mat" for name in ("classMapping40", "class13Mapping", "splits")]
+
+
+@pytest.mark.skipif(not all(map(Path.is_file, OFFICIAL)), reason="no official class maps and split in NYUv2/")
 def test_nyuv2_tables_against_the_official_files():
-    table, home = NYUV2, REAL_DATA / "NYUv2"
-    forty = scipy.io.loadmat(home / "classMapping40.mat")
-    thirteen = scipy.io.loadmat(home / "class13Mapping.mat")["classMapping13"][0, 0]
+    table, (forty, thirteen, splits) = NYUV2, map(scipy.io.loadmat, OFFICIAL)
+    thirteen = thirteen["classMapping13"][0, 0]
     assert table["to_40"] == forty["mapClass"].ravel().tolist()
     names = [str(name[0]) for name in forty["className"].ravel()]
     assert [re.sub("frigerator", "fridgerator", name) for name in table["names_40"]] == names  # their spelling
     assert table["to_13"] == thirteen["labels13"].ravel().tolist()
     assert table["names_13"] == [str(name[0]) for name in thirteen["classNames"].ravel()]
-    splits = scipy.io.loadmat(home / "splits.mat")
     assert table["train"] == splits["trainNdxs"].ravel().tolist()
     assert sorted(table["train"] + splits["testNdxs"].ravel().tolist()) == list(range(1, 1450))
 

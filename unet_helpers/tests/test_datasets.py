@@ -335,3 +335,14 @@ def test_masks_without_any_foreground_are_refused_before_training(tmp_path, valu
     config.data.mask_values = "classes"
     with pytest.raises(UserError, match="no foreground"):
         TrainingPatches(find_samples(config.data), config)
+
+
+def test_a_cached_file_that_holds_something_else_is_made_anew(cached, monkeypatch):
+    config, cache = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    samples = find_samples(config.data)
+    expected = [item[0].copy() for item in TrainingPatches(samples, config).decoded]
+    for path in cache.iterdir():
+        np.save(path, np.zeros(7))
+    again = TrainingPatches(samples, config).decoded
+    assert all((one == other[0]).all() for one, other in zip(expected, again, strict=True))

@@ -273,6 +273,8 @@ def test_predictions_are_averaged_over_the_mirror_images_of_training_only(traine
     (run / "config.yaml").write_text(config.replace("flips: true", f"flips: {str(flips).lower()}"))
     opened = load_run(run)
     assert opened.config.augmentation.flips == flips
+    assert evaluate(run)["tta"] == flips
+    assert evaluate(run, flips=False)["tta"] is False
     images = WholeImages(samples_of(opened.config, "test"), opened.config)
     expected = []
     for image, _, _ in images:
