@@ -26,29 +26,33 @@ cv2.setNumThreads(0)  # a patch is too small to share between threads; loader wo
 
 
 class RandomPatch(A.DualTransform):
-    """Cut a square patch around a random point of the image: rotated, scaled and deformed in one interpolation.
+    """Cut a patch of `size` (height, width) around a random point: rotated, scaled and deformed in one interpolation.
 
     The centre lies anywhere in the image, so a pixel at the edge is seen half as often as one in the middle; patches
-    inside the image would almost never show it. Elastic deformation as in Ronneberger et al. 2015, section 3.1: random
-    displacements on a 3 x 3 grid, interpolated bicubically, of standard deviation 10 · patch size / 512.
+    inside the image would almost never show it. Only a patch as large as the image is moved no further than all of it
+    stays in. Elastic deformation as in Ronneberger et al. 2015, section 3.1: random displacements on a 3 x 3 grid,
+    interpolated bicubically, of standard deviation 10 · patch size / 512.
     """
 
-    def __init__(self, size: int, rotation: float, scale: tuple[float, float], elastic: float):
+    def __init__(self, size: tuple[int, int], rotation: float, scale: tuple[float, float], elastic: float):
         super().__init__(p=1.0)
         self.size, self.rotation, self.scale, self.elastic = size, rotation, scale, elastic
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw where the patch lies: the affine matrix that maps patch to image, and for elastic ones a map."""
-        rng, middle = self.random_generator, (self.size - 1) / 2
-        height, width = params["shape"][:2]
-        # Centred on a pixel (odd size) or between pixels (even size): without rotation or scale nothing is blurred.
-        x, y = (math.floor(rng.uniform(0, length)) + middle % 1 for length in (width, height))
+        rng, sides = self.random_generator, self.size[::-1]
+        middle, centre = [(side - 1) / 2 for side in sides], []
+        for length, side in zip(params["shape"][1::-1], sides, strict=True):
+            first, last = (0, length) if side < length else (length - 1 - side // 2, (side + 1) // 2)
+            # On a pixel (odd size) or between pixels (even size): without rotation or scale nothing is blurred.
+            centre.append(math.floor(rng.uniform(first, last)) + (side - 1) / 2 % 1)
         angle = math.radians(rng.uniform(-self.rotation, self.rotation))
         magnification = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         cosine, sine = math.cos(angle) / magnification, math.sin(angle) / magnification
         matrix = np.array([[cosine, -sine, 0], [sine, cosine, 0]])
-        matrix[:, 2] = [x, y] - matrix[:, :2] @ [middle, middle]
-        grid = rng.normal(0, 10 * self.size / 512, (3, 3, 2)) if rng.random() < self.elastic else None
+        matrix[:, 2] = centre - matrix[:, :2] @ middle
+        deviation = 10 * np.array(sides) / 512
+        grid = rng.normal(0, deviation, (3, 3, 2)) if rng.random() < self.elastic else None
         return {"matrix": matrix, "grid": grid}
 
     def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:
@@ -58,16 +62,17 @@ class RandomPatch(A.DualTransform):
     def apply(self, img: np.ndarray, matrix, grid, interpolation=cv2.INTER_LINEAR, fill=0, **params: Any) -> np.ndarray:
         """Photograph to patch, linearly, 0 outside."""
         # Only the window around the patch goes to OpenCV, which refuses images of more than 32767 pixels a side.
-        corners = matrix @ np.array([[0, self.size, 0, self.size], [0, 0, self.size, self.size], [1, 1, 1, 1]])
+        height, width = self.size
+        corners = matrix @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
         margin = 2 + (0 if grid is None else math.ceil(1.5 * np.abs(grid).max()))
         left, top = np.maximum(0, np.floor(corners.min(axis=1)).astype(int) - margin)
         right, bottom = np.maximum(1, np.ceil(corners.max(axis=1)).astype(int) + margin)
         window = np.ascontiguousarray(img[top:bottom, left:right])
         matrix = matrix - [[0, 0, left], [0, 0, top]]
-        options, size = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}, (self.size, self.size)
+        options, size = {"borderMode": cv2.BORDER_CONSTANT, "borderValue": (fill,) * 4}, (width, height)
         if grid is None:
             return cv2.warpAffine(window, matrix, size, flags=interpolation | cv2.WARP_INVERSE_MAP, **options)
-        rows, columns = np.mgrid[: self.size, : self.size].astype(np.float32)
+        rows, columns = np.mgrid[:height, :width].astype(np.float32)
         straight = [a * columns + b * rows + c for a, b, c in matrix]
         moved = cv2.resize(grid.astype(np.float32), size, interpolation=cv2.INTER_CUBIC) + np.stack(straight, axis=-1)
         return cv2.remap(window, moved.astype(np.float32), None, interpolation, **options)
@@ -101,7 +106,8 @@ def make_augmentation(config: AugmentationConfig) -> Callable[..., Arrays]:
     mask uint8 (H, W); view bool (H, W), the field of view; seed an integer or a sequence of integers. It returns the
     three as patches of `config.patch_size`, same types; the same seed gives the same patch, in any process.
     """
-    steps: list[A.BasicTransform] = [RandomPatch(config.patch_size, config.rotation, config.scale, config.elastic)]
+    size = tuple(np.broadcast_to(config.patch_size, 2).tolist())
+    steps: list[A.BasicTransform] = [RandomPatch(size, config.rotation, config.scale, config.elastic)]
     steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: {True: 2, "horizontal": 1, False: 0}[config.flips]]
     if config.gamma:
         steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))

@@ -64,7 +64,7 @@ class AugmentationConfig:
     """What happens to a training image on its way into the network; a strength of 0 switches a step off.
 
     Attributes:
-        patch_size: height and width in pixels of the patches the network is trained on.
+        patch_size: side in pixels of the patches the network is trained on, or `[height, width]`.
         flips: mirror both ways, each half of the time, or only `horizontal`; predictions are averaged over the same.
         rotation: largest angle in degrees, either way.
         scale: smallest and largest magnification.
@@ -75,7 +75,7 @@ class AugmentationConfig:
         noise: largest standard deviation of Gaussian noise, as a share of full scale.
     """
 
-    patch_size: int = 128
+    patch_size: int | tuple[int, int] = 128
     flips: Flips = True
     rotation: float = 180.0
     scale: tuple[float, float] = (0.78, 1.28)
@@ -175,7 +175,8 @@ SECTIONS = {"data": DataConfig, "augmentation": AugmentationConfig, "model": Mod
 
 # What types cannot express: settings, when a value x of theirs is right, and how to say so.
 RULES = [
-    ("training.epochs training.batch_size augmentation.patch_size", lambda x: x >= 1, "at least 1"),
+    ("training.epochs training.batch_size", lambda x: x >= 1, "at least 1"),
+    ("augmentation.patch_size", lambda x: min(x if isinstance(x, tuple) else [x]) >= 1, "at least 1 pixel a side"),
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),

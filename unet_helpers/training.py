@@ -55,7 +55,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)
-    network.output_size(config.augmentation.patch_size)  # patches too small for valid padding come out here
+    network.output_size(int(np.min(config.augmentation.patch_size)))  # patches too small for valid padding come out here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     decay, fused = settings.weight_decay, device.type != "mps"
     optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=decay, fused=fused)

@@ -72,6 +72,37 @@ def test_without_any_change_a_patch_is_an_exact_cut():
             np.testing.assert_array_equal(target[view], mask[y : y + len(rows), x : x + len(columns)].ravel())
 
 
+@pytest.mark.parametrize("size", [(20, 30), (21, 31), (24, 30), (33, 64)])
+def test_a_patch_as_large_as_the_image_holds_all_of_it(size):
+    mask = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
+    image = np.dstack([mask // 200, mask % 200, mask * 0]).astype(np.uint8)
+    augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=size))
+    places = set()
+    for seed in range(60):
+        patch, target, view = augment(image, mask.astype(np.uint8), everything(mask), seed)
+        assert patch.shape[:2] == target.shape == size
+        top, left = np.argwhere(view)[0].tolist()
+        np.testing.assert_array_equal(patch[top : top + 20, left : left + 30], image)
+        assert view.sum() == 600
+        places.add((top, left))
+    tops, lefts = zip(*places, strict=True)
+    assert (min(tops), min(lefts)) == (0, 0)  # it is moved as far as there is room
+    assert max(tops) == size[0] - 20 or size[0] > 24
+    assert max(lefts) == size[1] - 30 or size[1] > 31
+
+
+def test_patches_that_are_not_square():
+    mask = np.arange(80, dtype=np.uint8)[:, None].repeat(90, axis=1)
+    for config in (PLAIN, FULL):
+        config = dataclasses.replace(config, patch_size=(16, 40))
+        patch, target, view = make_augmentation(config)(np.dstack([mask] * 3), mask, everything(mask), 5)
+        assert patch.shape == (16, 40, 3)
+        assert target.shape == view.shape == (16, 40)
+    assert make_augmentation(dataclasses.replace(FULL, elastic=1.0, patch_size=(16, 40)))(
+        np.dstack([mask] * 3), mask, everything(mask), 5
+    )[1].shape == (16, 40)
+
+
 def test_flips_happen_independently_of_each_other():
     ramp = np.arange(64, dtype=np.uint8)
     image = np.dstack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.zeros((64, 64), np.uint8)])

@@ -55,6 +55,8 @@ def test_yaml_holds_every_setting():
         ({"training": {"warmup": 1.0}}, ["training.warmup"]),
         ({"augmentation": {"scale": [2.0, 1.0]}}, ["augmentation.scale"]),
         ({"augmentation": {"patch_size": 0}}, ["augmentation.patch_size"]),
+        ({"augmentation": {"patch_size": [64, 0]}}, ["augmentation.patch_size", "[64, 0]"]),
+        ({"augmentation": {"patch_size": [64]}}, ["augmentation.patch_size"]),
         ({"data": {"folds": 1}}, ["data.folds"]),
         ({"data": {"folds": 5, "fold": 5}}, ["data.fold", "4"]),
         ({"data": {"val_share": 1.0}}, ["data.val_share"]),
