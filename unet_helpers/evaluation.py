@@ -98,6 +98,7 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         scores, several, score = result.table.scores(threshold), {}, dice
         scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
         reasons = {"dice_ci95": ONE_IMAGE} if len(counts) == 1 else {}
+        reasons |= {"cldice": "the objects are not thin"} if np.isnan(result.skeletons).any() else {}
     else:
         scores, score = result.table.scores(), mean_dice
         for name in ("roc_auc", "pr_auc"):

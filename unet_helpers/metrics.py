@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from unet_helpers.losses import check_labels
 from unet_helpers.scores import SCORES, Score, defined_mean, dice, iou, ratio, scores
 
 LEVELS = 65536  # of a 16-bit probability
+THIN = 64  # pixels: objects thicker than twice this have no centre line worth the seconds that finding it takes
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -175,12 +177,15 @@ def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 (background for both) to (4,) int64: pixels of the
     predicted skeleton inside the true vessels and in all, of the true skeleton inside the predicted ones and in all.
+    All NaN where the truth is not thin, see `THIN`.
     """
     from skimage.morphology import skeletonize  # half a second, which only clDice should cost
 
     predicted = torch.as_tensor(predicted).cpu()
     target = _checked(predicted, target, num_classes=1).cpu().numpy()
     p, y = (predicted.numpy() != 0) & (target != IGNORE), target == 1
+    if cv2.distanceTransform(y.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE).max() > THIN:
+        return np.full(4, np.nan)
     skeleton_p, skeleton_y = skeletonize(p), skeletonize(y)
     return np.array([(skeleton_p & y).sum(), skeleton_p.sum(), (skeleton_y & p).sum(), skeleton_y.sum()])
 

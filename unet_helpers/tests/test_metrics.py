@@ -286,6 +286,14 @@ def test_cldice_of_a_one_pixel_line_by_hand():
     assert cldice(counts) == pytest.approx(2 * 0.75 * 0.5 / 1.25)
 
 
+def test_cldice_is_for_thin_objects():
+    truth = np.zeros((400, 500), np.uint8)
+    truth[100:228] = 1  # its middle is 64 pixels from both sides
+    assert cldice(cldice_counts(truth, truth)) == 1
+    truth[228] = truth[229] = 1
+    assert np.isnan(cldice_counts(truth, truth)).all()
+
+
 def test_cldice_ignores_255():
     truth = np.zeros((9, 12), int)
     truth[4, :8] = 1
