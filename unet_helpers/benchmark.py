@@ -44,7 +44,7 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
         started = clock(device)
         images, masks = next(loader)
         loaded = clock(device)
-        train_step(model, optimiser, loss_function, accelerator, images, masks, 1e-4, settings.clip_norm)
+        train_step(model, optimiser, loss_function, accelerator, images, masks, settings.clip_norm)
         times.append((loaded - started, clock(device) - started))
     waits, totals = np.array(times[warmup:]).T
 

@@ -35,6 +35,8 @@ class DataConfig:
         mask_values: for `folder`: `binary` (not 0: foreground), `classes` (indices, 255: ignore), `auto`: found out.
         group_pattern: for `folder`: regular expression; stems of equal first group (default: up to `__`) stay together.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
+        normalisation: `image` by each image's own mean and deviation, `imagenet` by ImageNet's, `none` to 0..1.
+        train_limit: train on so many images only, drawn by `seed`; null: on all.
         val_share: share of the groups kept for validation; from 2 on, their number.
         test_share: the same for testing, where the data set does not bring its own test images.
         folds: number of folds for cross-validation; 0 splits once, by `val_share`.
@@ -50,6 +52,8 @@ class DataConfig:
     mask_values: Literal["auto", "binary", "classes"] = "auto"
     group_pattern: str = r"(.+?)(?:__.+)?$"
     longest_side: int | None = None
+    normalisation: Literal["image", "imagenet", "none"] = "image"
+    train_limit: int | None = None
     val_share: float = 0.2
     test_share: float = 0.2
     folds: int = 0
@@ -94,6 +98,8 @@ class ModelConfig:
         architecture: `unet` is ours; any architecture of segmentation_models_pytorch is named as there (`Unet`, `FPN`).
         encoder: for the latter: name of the encoder, as there (`resnet34`).
         encoder_weights: for the latter: `imagenet` (downloaded), a local weights file, or null for random ones.
+        full_resolution_skip: for its `Unet`: add the skip connection at full size, which its encoders leave out.
+        weights: a run's `model.safetensors`, from which the whole network starts; null: from random weights.
         in_channels: channels of the image.
         num_classes: 1 for a binary problem (one logit, sigmoid), else the number of classes (softmax).
         widths: channels at each level, from full resolution to the bottom.
@@ -107,6 +113,8 @@ class ModelConfig:
     architecture: str = "unet"
     encoder: str = "resnet34"
     encoder_weights: str | None = None
+    full_resolution_skip: bool = False
+    weights: str | None = None
     in_channels: int = 3
     num_classes: int = 1
     widths: tuple[int, ...] = (16, 32, 64, 128)
@@ -126,6 +134,8 @@ class TrainingConfig:
         steps_per_epoch: optimiser steps between two validations; null means one pass over the training images.
         batch_size: patches per step, over all processes together.
         learning_rate: peak learning rate of AdamW.
+        encoder_rate: learning rate of an encoder of segmentation_models_pytorch, as a multiple of the others'.
+        encoder_frozen: share of all steps during which such an encoder's weights stay as they are.
         weight_decay: of AdamW.
         warmup: share of all steps during which the learning rate rises linearly; then it falls along a cosine to 0.
         clip_norm: largest norm of the gradient; 0 does not clip.
@@ -143,6 +153,8 @@ class TrainingConfig:
     steps_per_epoch: int | None = 80
     batch_size: int = 8
     learning_rate: float = 3e-3
+    encoder_rate: float = 1.0
+    encoder_frozen: float = 0.0
     weight_decay: float = 0.01
     warmup: float = 0.05
     clip_norm: float = 1.0
@@ -180,6 +192,9 @@ RULES = [
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),
+    ("data.train_limit", lambda x: x >= 1, "at least 1 image, or null for all"),
+    ("training.encoder_rate", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("training.encoder_frozen", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("data.longest_side", lambda x: x >= 32, "at least 32 pixels, or null for native size"),
     ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("augmentation.brightness augmentation.contrast", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -217,8 +232,12 @@ def check_config(config: Config) -> None:
     weights, count = config.training.class_weights, max(2, config.model.num_classes)
     right = weights is None or (len(weights) == count and min(weights) >= 0 and 0 < sum(weights) < math.inf)
     need(right, "training.class_weights", weights, f"{count} numbers of at least 0, not all 0, or null")
-    weights, ours = config.model.encoder_weights, config.model.architecture == "unet"
-    need(weights is None or not ours, "model.encoder_weights", weights, "null for `unet`, which has no such encoder")
+    if config.model.architecture == "unet":
+        for setting in ("model.encoder_weights", "training.encoder_rate", "training.encoder_frozen"):
+            value, default = attrgetter(setting)(config), attrgetter(setting)(Config())
+            need(value == default, setting, value, f"{default or 'null'} for `unet`, which has no such encoder")
+    full = config.model.full_resolution_skip
+    need(not full or config.model.architecture == "Unet", "model.full_resolution_skip", full, "false except for `Unet`")
 
 
 def to_dict(config: Config) -> dict:

@@ -204,7 +204,10 @@ class TrainingPatches(Dataset):
         samples = [sample for sample in samples if sample.split == "train"]
         if not samples:
             raise UserError("there is no image to train on: check data.root and the shares of the splits")
-        self.names = [sample.name for sample in samples]
+        if config.data.train_limit:  # a smaller limit takes some of those that a larger one takes
+            drawn = np.random.default_rng(config.seed).permutation(len(samples))[: config.data.train_limit]
+            samples = [samples[index] for index in sorted(drawn)]
+        self.names, self.kind = [sample.name for sample in samples], config.data.normalisation
         self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
         self.decoded, there = Decoded(samples, config), False
         for index in tqdm(range(len(samples)), "reading images", leave=False, disable=quiet or not self.decoded.cached):
@@ -222,7 +225,7 @@ class TrainingPatches(Dataset):
         index = int(np.random.default_rng((self.seed, epoch, 0)).permutation(len(self))[place])
         image, mask, view, *statistics = self.decoded[index]
         # Of memory-mapped arrays only what the patch covers is read.
-        return _to_tensors(*self.augment(image, mask, view, (self.seed, epoch, 1 + index)), statistics)
+        return _to_tensors(*self.augment(image, mask, view, (self.seed, epoch, 1 + index)), statistics, self.kind)
 
 
 class WholeImages(Dataset):
@@ -244,9 +247,12 @@ class WholeImages(Dataset):
             raise IndexError(number)  # ends a plain `for` loop
         image, mask, view, *statistics = self.decoded.check(number)
         mask = load_sample(self.samples[number])[1] if self.native else mask
-        return *_to_tensors(image, mask, view, statistics), self.samples[number].name
+        kind = self.config.data.normalisation
+        return *_to_tensors(image, mask, view, statistics, kind), self.samples[number].name
 
 
-def _to_tensors(image: np.ndarray, mask: np.ndarray, view: np.ndarray, statistics) -> tuple[torch.Tensor, torch.Tensor]:
-    normalised = images.normalise(image, view, tuple(statistics)).transpose(2, 0, 1)
+def _to_tensors(
+    image: np.ndarray, mask: np.ndarray, view: np.ndarray, statistics, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normalised = images.normalise(image, view, tuple(statistics), kind).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(normalised)), torch.from_numpy(mask.astype(np.int64))

@@ -17,6 +17,8 @@ from unet_helpers.config import IGNORE, UserError, one_line
 
 Meaning = Literal["binary", "classes"] | dict[int, int]  # or which class each value is
 Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of each channel
+# Mean and standard deviation of the channels, as parts of full scale, for `config.data.normalisation`.
+CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
 
 
@@ -205,12 +207,18 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def normalise(image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None) -> np.ndarray:
+def normalise(
+    image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None, kind: str = "image"
+) -> np.ndarray:
     """Scale an image, uint8 or float32 (H, W, 3), to mean 0 and standard deviation 1 in each channel: finite float32.
 
     Outside `view`, bool (H, W), by default its `field_of_view`, it is 0; a patch takes the whole image's `statistics`.
+    Another `kind`, see `config.data.normalisation`, takes constants instead of statistics.
     """
     view = field_of_view(image) if view is None else view
+    if kind != "image":
+        full_scale = 255 if image.dtype == np.uint8 else 1
+        statistics = [np.float32(full_scale) * np.float32(values) for values in CONSTANTS[kind]]
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = (image.astype(np.float32) - mean) / deviation
     scaled[view & (scaled == 0).all(2)] = 1e-6  # exactly 0 in all channels is what `predict_probabilities` leaves out

@@ -7,12 +7,14 @@ network exactly; the defaults are what is used today: padding that keeps the siz
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet_helpers.config import ModelConfig, UserError, need
+from unet_helpers.config import ModelConfig, UserError, need, one_line
+from unet_helpers.system import read_tensors
 
 
 class _PySiLUFunction(torch.autograd.Function):
@@ -245,13 +247,20 @@ def initialise(module: nn.Module) -> None:
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Return `config`'s network, a `UNet` or `PretrainedNet`, fresh; `UserError` for a setting that cannot be met."""
+    """Return `config`'s network, a `UNet` or `PretrainedNet`; `UserError` for a setting that cannot be met."""
     if config.architecture == "unet":
         own = ("in_channels", "num_classes", "widths", "padding", "norm", "activation", "upsampling", "dropout")
-        return UNet(**{name: getattr(config, name) for name in own})
-    from unet_helpers.pretrained import PretrainedNet  # here, because it takes seconds to import
+        model = UNet(**{name: getattr(config, name) for name in own})
+    else:
+        from unet_helpers.pretrained import PretrainedNet  # here, because it takes seconds to import
 
-    return PretrainedNet(config)
+        model = PretrainedNet(config)
+    if config.weights is not None:
+        try:
+            model.load_state_dict(read_tensors(Path(config.weights))[0])
+        except RuntimeError as error:
+            raise UserError(f"{config.weights}: does not fit the model that is set: {one_line(error)}") from None
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from unet_helpers.catalogue import MEANINGS, class_names
-from unet_helpers.config import Flips, UserError
+from unet_helpers.config import DataConfig, Flips, UserError
 from unet_helpers.datasets import find_meaning
 from unet_helpers.images import decode_mask, is_coloured, list_images, normalise, read_image, read_mask_values, shrink
 from unet_helpers.metrics import level, probabilities, quantise
@@ -136,7 +136,7 @@ def predict(
         write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
         image = read_image(path)
-        probability = predict_image(model, image, target, flips, config.data.longest_side).cpu()
+        probability = predict_image(model, image, target, flips, config.data).cpu()
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
@@ -148,11 +148,12 @@ def predict(
 
 
 def predict_image(
-    model: nn.Module, image: np.ndarray, device: torch.device, flips: Flips = True, longest_side: int | None = None
+    model: nn.Module, image: np.ndarray, device: torch.device, flips: Flips = True, data: DataConfig | None = None
 ) -> Tensor:
-    """`predict_probabilities` of a picture, see `read_image`, at its size; `longest_side` as in `config.data`."""
-    normalised = torch.from_numpy(normalise(shrink(image, longest_side))).permute(2, 0, 1)
-    return predict_probabilities(model, normalised.to(device), flips, size=image.shape[:2])
+    """`predict_probabilities` of a picture, see `read_image`, at its size, prepared as `data` or its defaults say."""
+    data = data or DataConfig()
+    normalised = normalise(shrink(image, data.longest_side), kind=data.normalisation).transpose(2, 0, 1).copy()
+    return predict_probabilities(model, torch.from_numpy(normalised).to(device), flips, size=image.shape[:2])
 
 
 def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:

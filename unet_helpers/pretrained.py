@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from unet_helpers.config import ModelConfig, UserError, need, one_line
-from unet_helpers.model import pad_to_multiple
+from unet_helpers.model import DoubleConv, initialise, pad_to_multiple
 
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each of its retries; our one line is enough
 
@@ -22,11 +22,13 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each 
 class PretrainedNet(nn.Module):
     """The network `config` names: images (B, in_channels, H, W) to logits (B, num_classes, H, W) for any H and W.
 
-    Of the settings, `architecture`, `encoder`, `encoder_weights`, `in_channels` and `num_classes` count. The weights
-    are None (random), `imagenet` (downloaded, or from the download cache), or a file (.safetensors, or .pth) with an
-    encoder's state_dict as torchvision, timm or smp publish it.
+    Of the settings, `architecture`, `encoder`, `encoder_weights`, `full_resolution_skip`, `in_channels` and
+    `num_classes` count. The weights are None (random), `imagenet` (downloaded, or from the download cache), or a file
+    (.safetensors, or .pth) with an encoder's state_dict as torchvision, timm or smp publish it.
 
-    Attributes are those of `UNet` with `same` padding, and `net`, the network as smp built it. `receptive_field_radius`
+    Attributes are those of `UNet` with `same` padding, `net`, the network as smp built it, and with the full-resolution
+    skip `detail` and `join`: smp's encoders see the image at half size first, so its `Unet` has no skip connection at
+    full size; here a double convolution of the image is one, joined to the decoder's end. `receptive_field_radius`
     is a guide for overlapping tiles only: most encoders see the whole image, but give little weight to what is far off.
     Raises `UserError` if architecture or encoder are unknown or do not go together, or the weights cannot be loaded.
     """
@@ -42,6 +44,12 @@ class PretrainedNet(nn.Module):
             self.net = build_smp(config, "imagenet")  # what fails now is the download, not the pair
         elif config.encoder_weights is not None:
             load_encoder(self.net.encoder, Path(config.encoder_weights))
+        self.detail = self.join = None
+        if config.full_resolution_skip:
+            width = self.net.segmentation_head[0].in_channels
+            self.detail, self.join = DoubleConv(config.in_channels, width), DoubleConv(2 * width, width)
+            for block in (self.detail, self.join):
+                block.apply(initialise)
         try:  # some encoders are built for one image size, and find out only when they see another
             with torch.no_grad():
                 self.eval()(torch.zeros(1, config.in_channels, 40, 200))
@@ -53,7 +61,13 @@ class PretrainedNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits as large as the image."""
         height, width = x.shape[-2:]
-        return self.net(pad_to_multiple(x, self.stride))[..., :height, :width]
+        x = pad_to_multiple(x, self.stride)
+        if self.detail is None:
+            logits = self.net(x)
+        else:
+            decoded = self.net.decoder(self.net.encoder(x))
+            logits = self.net.segmentation_head(self.join(torch.cat([self.detail(x), decoded], dim=1)))
+        return logits[..., :height, :width]
 
     def output_size(self, size: int) -> int:
         """Return `size`: the output is as large as the input."""

@@ -63,14 +63,8 @@ def load_run(path: Path | str) -> Run:
 
 def load_network(run: Path, config: Config) -> nn.Module:
     """The network that `config` describes with the weights of a run, in evaluation mode, on the CPU."""
-    model = build_model(replace(config.model, encoder_weights=None))  # the run's own weights take their place
-    path = run / "model.safetensors"
-    tensors, _ = read_tensors(path)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the model that config.yaml describes: {one_line(error)}") from None
-    return model.eval()
+    own = replace(config.model, encoder_weights=None, weights=str(run / "model.safetensors"))
+    return build_model(own).eval()
 
 
 @dataclass

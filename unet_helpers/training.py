@@ -55,10 +55,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)
-    network.output_size(int(np.min(config.augmentation.patch_size)))  # patches too small for valid padding come out here
+    network.output_size(int(np.min(config.augmentation.patch_size)))  # too small for valid padding? say it here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     decay, fused = settings.weight_decay, device.type != "mps"
-    optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=decay, fused=fused)
+    optimiser = torch.optim.AdamW(parameter_groups(network), settings.learning_rate, weight_decay=decay, fused=fused)
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
     loss_function = SegmentationLoss(
         config.model.num_classes, settings.dice_weight, class_weights=settings.class_weights
@@ -98,8 +98,12 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
             bar = tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=quiet or not main, unit="step")
             for step in bar:
                 rate = learning_rate(epoch * steps + step, total, settings.learning_rate, settings.warmup)
+                thawed = epoch * steps + step >= settings.encoder_frozen * total
+                factors = 1.0, settings.encoder_rate * thawed
+                for group, factor in zip(optimiser.param_groups, factors, strict=False):  # `UNet` has one group
+                    group["lr"] = rate * factor
                 images, masks = next(loader)
-                loss = train_step(model, optimiser, loss_function, accelerator, images, masks, rate, settings.clip_norm)
+                loss = train_step(model, optimiser, loss_function, accelerator, images, masks, settings.clip_norm)
                 average.update_parameters(network)
                 losses += loss
                 if step % 10 == 0:
@@ -175,16 +179,13 @@ def train_step(
     accelerator: Accelerator,
     images: Tensor,
     masks: Tensor,
-    rate: float,
     clip_norm: float,
 ) -> Tensor:
-    """One step, at learning rate `rate`, on this process's share of a batch; returns the loss of the whole batch.
+    """One step on this process's share of a batch; returns the loss of the whole batch.
 
     `images` are float32 (B, C, H, W); `masks` int64 (B, H, W), 255 where nothing is learned, and cropped to the output
     where convolutions are valid. A gradient whose norm exceeds `clip_norm` is shortened to it, unless that is 0.
     """
-    for group in optimiser.param_groups:
-        group["lr"] = rate
     device = accelerator.device  # on Apple's GPU, channels_last and asynchronous copies have given wrong results
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     images = images.to(device, memory_format=layout, non_blocking=device.type == "cuda")
@@ -198,6 +199,16 @@ def train_step(
     optimiser.step()
     optimiser.zero_grad()
     return loss.detach()
+
+
+def parameter_groups(network: nn.Module) -> list[dict]:
+    """The parameters for the optimiser; those of an encoder of segmentation_models_pytorch in a second group."""
+    encoder = getattr(getattr(network, "net", None), "encoder", None)
+    inside = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
+    groups = [[], []]
+    for parameter in network.parameters():
+        groups[id(parameter) in inside].append(parameter)
+    return [{"params": group} for group in groups if group]
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:

@@ -66,6 +66,12 @@ def test_yaml_holds_every_setting():
         ({"model": {"num_classes": 3}, "training": {"class_weights": [1, -1, 1]}}, ["training.class_weights"]),
         ({"model": {"widths": []}}, ["model.widths"]),
         ({"model": {"num_classes": 0}}, ["model.num_classes"]),
+        ({"data": {"train_limit": 0}}, ["data.train_limit", "all"]),
+        ({"data": {"normalisation": "batch"}}, ["data.normalisation", "imagenet"]),
+        ({"training": {"encoder_rate": 0.1}}, ["training.encoder_rate", "unet"]),
+        ({"model": {"architecture": "Unet"}, "training": {"encoder_frozen": 1.5}}, ["training.encoder_frozen"]),
+        ({"model": {"architecture": "FPN", "full_resolution_skip": True}}, ["model.full_resolution_skip", "Unet"]),
+        ({"model": {"full_resolution_skip": True}}, ["model.full_resolution_skip", "Unet"]),
         ({"seed": -1}, ["seed"]),
     ],
 )

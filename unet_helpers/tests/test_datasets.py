@@ -281,6 +281,27 @@ def test_images_are_reduced_for_the_network_and_masks_stay_native_for_scoring(tm
     assert patches.decoded[0][0].shape == (10, 15, 3)
 
 
+def test_a_limit_takes_some_training_images_and_a_smaller_one_some_of_those():
+    def names(limit: int | None, seed: int = 0) -> list[str]:
+        data = dataclasses.replace(SAMPLE.data, sample_images=(9, 2, 2), train_limit=limit)
+        config = dataclasses.replace(SAMPLE, data=data, seed=seed)
+        return TrainingPatches(find_samples(data), config).names
+
+    assert [len(names(limit)) for limit in (1, 4, 9, 20, None)] == [1, 4, 9, 9, 9]
+    assert set(names(2)) < set(names(5)) < set(names(None))
+    assert len({tuple(names(3, seed)) for seed in range(5)}) > 1
+
+
+def test_the_network_gets_the_normalisation_that_is_set():
+    config = dataclasses.replace(SAMPLE, data=dataclasses.replace(SAMPLE.data, normalisation="imagenet"))
+    sample = find_samples(config.data)[0]
+    expected = normalise(load_sample(sample)[0], kind="imagenet").transpose(2, 0, 1)
+    np.testing.assert_array_equal(WholeImages([sample], config)[0][0], expected)
+    plain = AugmentationConfig(64, False, 0, (1, 1), 0, 0, 0, 0, 0)  # all of the image, as it is
+    patch = TrainingPatches([sample], dataclasses.replace(config, augmentation=plain))[0][0]
+    np.testing.assert_array_equal(patch, expected)
+
+
 def test_patches_are_normalised_inside_the_field_of_view_of_the_whole_image():
     plain = AugmentationConfig(64, False, 0, (1, 1), 0, 0, 0, 0, 0)
     config = dataclasses.replace(SAMPLE, augmentation=plain)

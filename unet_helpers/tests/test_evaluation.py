@@ -152,7 +152,8 @@ def test_several_classes(small_config, tmp_path):
 def test_objects_that_are_not_thin_have_no_cldice(trained_run, tmp_path):
     for name, colour in (("images", (90, 90, 90)), ("masks", 255)):
         (tmp_path / "data" / "test" / name).mkdir(parents=True)
-        Image.new("RGB" if name == "images" else "L", (300, 300), colour).save(tmp_path / "data" / "test" / name / "a.png")
+        picture = Image.new("RGB" if name == "images" else "L", (300, 300), colour)
+        picture.save(tmp_path / "data" / "test" / name / "a.png")
     scores = evaluate(trained_run, DataConfig(name="folder", root=str(tmp_path / "data"), mask_values="binary"))
     assert np.isnan(scores["cldice"])
     assert scores["undefined"]["cldice"] == "the objects are not thin"

@@ -4,6 +4,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torchvision
+import torchvision.transforms.functional as TF
 from PIL import Image
 
 from unet_helpers.catalogue import find_drive
@@ -232,6 +234,18 @@ def test_normalising_a_patch_with_the_statistics_of_its_image_is_cutting_the_nor
     image, view = RNG.random((12, 10, 3), dtype=np.float32), RNG.random((12, 10)) > 0.3
     patch = normalise(image[2:7, 3:9], view[2:7, 3:9], statistics_inside(image, view))
     np.testing.assert_array_equal(patch, normalise(image, view)[2:7, 3:9])
+
+
+def test_normalisation_by_constants_agrees_with_torchvision():
+    image, view = RNG.integers(0, 256, (12, 10, 3), dtype=np.uint8), RNG.random((12, 10)) > 0.3
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+    expected = TF.normalize(TF.to_tensor(image), weights.mean, weights.std).permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(normalise(image, view, kind="imagenet")[view], expected[view], atol=1e-6)
+    np.testing.assert_allclose(
+        normalise(image / np.float32(255), view, kind="imagenet")[view], expected[view], atol=1e-5
+    )
+    np.testing.assert_allclose(normalise(image, view, kind="none")[view], image[view] / 255, atol=2e-6)
+    assert (normalise(image, view, kind="imagenet")[~view] == 0).all()
 
 
 @pytest.mark.parametrize("view", [np.ones((4, 4), bool), np.zeros((4, 4), bool)])

@@ -83,6 +83,24 @@ def test_a_local_weights_file_fills_the_encoder(tmp_path, encoder, suffix):
     assert torch.equal(inner.conv1.weight, published.conv1.weight)
 
 
+def test_the_full_resolution_skip_carries_what_half_size_loses():
+    """A checkerboard of single pixels vanishes in every 2×2 block's mean, but not in the skip at full size."""
+    net = build_model(config(full_resolution_skip=True)).eval()
+    with torch.no_grad():
+        assert net(torch.randn(1, 3, 33, 50)).shape == (1, 2, 33, 50)
+        x, changed = torch.zeros(2, 1, 3, 64, 64)
+        changed[..., 31, 31] = 1.0
+        decoded = net.net.decoder(net.net.encoder(x))
+        parts = [
+            net.net.segmentation_head(net.join(torch.cat([net.detail(image), decoded], 1))) for image in (x, changed)
+        ]
+        torch.testing.assert_close(net(x), parts[0])
+        rows, columns = torch.nonzero((parts[1] - parts[0])[0, 0], as_tuple=True)
+    # Four 3×3 convolutions and smp's 3×3 head, at full size: five pixels either way, and no more.
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (26, 36, 26, 36)
+    assert set(build_model(config()).state_dict()) < set(net.state_dict())
+
+
 def one_line_about(changes: dict, match: str) -> None:
     with pytest.raises(UserError, match=match) as error:
         build_model(config(**changes))

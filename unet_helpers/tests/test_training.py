@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 from unet_helpers import training
-from unet_helpers.config import AugmentationConfig, RunError, UserError, dump_config
+from unet_helpers.config import AugmentationConfig, ModelConfig, RunError, UserError, dump_config
 from unet_helpers.model import build_model
 from unet_helpers.runs import PUBLISHED, load_run, load_state, read_history
 from unet_helpers.training import learning_rate, shared_batches, train
@@ -30,6 +30,43 @@ LAST = "state/last.safetensors"
 def same(path: Path, other: Path) -> bool:
     a, b = load_file(path), load_file(other)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("frozen", "rate"), [(1.0, 1.0), (0.0, 0.0), (0.5, 1.0), (0.0, 0.1)])
+def test_an_encoder_learns_later_or_more_slowly(small_config, tmp_path, monkeypatch, frozen, rate):
+    small_config.model = ModelConfig("Unet", "resnet18")
+    small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=4, batch_size=2)
+    small_config.training.encoder_frozen, small_config.training.encoder_rate = frozen, rate
+    seen, real = [], training.train_step
+
+    def observed(model, optimiser, *rest):
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        loss = real(model, optimiser, *rest)
+        moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        seen.append((any("encoder" in name for name in moved), any("decoder" in name for name in moved)))
+        return loss
+
+    monkeypatch.setattr(training, "train_step", observed)
+    train(small_config, tmp_path / "run", quiet=True)
+    assert seen[:3] == [(rate > 0 and frozen <= step / 4, True) for step in range(3)]  # at the last step the rate is 0
+
+
+def test_a_network_starts_from_the_weights_of_a_run(small_config, trained_run, tmp_path):
+    small_config.model.weights = str(trained_run / WEIGHTS)
+    small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=1, learning_rate=1e-12)
+    train(small_config, tmp_path / "run", quiet=True)
+    best = max(read_history(trained_run / "history.csv"), key=lambda row: row["val_dice"])
+    assert read_history(tmp_path / "run/history.csv")[0]["val_loss"] == best["val_loss"]
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    small_config.model.weights = None
+    load_run(tmp_path / "moved")  # does not need the weights it started from
+    small_config.model.weights, small_config.model.widths = str(trained_run / WEIGHTS), (4, 8, 16)
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit the model"):
+        train(small_config, tmp_path / "other", quiet=True)
+    small_config.model.weights = str(tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"none\.safetensors: there is no such"):
+        train(small_config, tmp_path / "other", quiet=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_run_leaves_its_five_files_and_a_state(trained_run):
