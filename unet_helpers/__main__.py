@@ -1,4 +1,4 @@
-"""The command line: `python -m unet_helpers prepare|train|evaluate|predict|benchmark`.
+"""The command line: `python -m unet_helpers prepare|train|evaluate|predict|benchmark|study`.
 
 Every setting of a run is a flag that is called as in `config.yaml`: `--training.epochs 20`. A YAML file given with
 `--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings;
@@ -84,11 +84,18 @@ def predict_command(args: Namespace) -> None:
 
 def benchmark_command(args: Namespace) -> None:
     """Measure speed and memory of training and prediction: medians and quartiles."""
-    from unet_helpers.benchmark import benchmark
+    from unet_helpers.studies import benchmark
 
     if min(args.size) < 1 or args.steps < 1:
         raise UserError("--size and --steps must be at least 1.")
     report(benchmark(from_parsed(args.as_dict()), tuple(args.size), args.steps), args.json)
+
+
+def study_command(args: Namespace) -> None:
+    """Train what a study's grid.yaml asks for and rows.csv lacks, and print the table of its arms."""
+    from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
+
+    print(format_study(summarise_study(run_study(args.study, args.arms), *load_grid(args.study))))
 
 
 COMMANDS = {
@@ -97,13 +104,14 @@ COMMANDS = {
     "evaluate": evaluate_command,
     "predict": predict_command,
     "benchmark": benchmark_command,
+    "study": study_command,
 }
 
 
 def make_parsers() -> dict[str, Parser]:
     """The parser of each command."""
     parsers = {name: Parser(description=run.__doc__, allow_abbrev=False) for name, run in COMMANDS.items()}
-    prepare, train, evaluate, predict, benchmark = parsers.values()
+    prepare, train, evaluate, predict, benchmark, study = parsers.values()
     for parser in (evaluate, predict):
         parser.add_argument("run", help="folder of a trained run")
         parser.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
@@ -132,6 +140,8 @@ def make_parsers() -> dict[str, Parser]:
 
     benchmark.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
     benchmark.add_argument("--steps", type=int, default=12, help="how often everything is measured")
+    study.add_argument("study", help="folder with a grid.yaml, such as checkpoints/study-encoder")
+    study.add_argument("--arms", nargs="+", help="train only these; the table shows all")
     for parser in (evaluate, benchmark):
         parser.add_argument("--json", action="store_true", help="print one JSON object")
     for parser in (train, benchmark):

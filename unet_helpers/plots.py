@@ -101,6 +101,22 @@ def plot_confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figu
     return figure
 
 
+def plot_arms(table: list[dict], baseline: str) -> Figure:
+    """The arms of a study, as `studies.summarise_study` lists them: each seed a dot, their mean with its interval."""
+    figure = Figure(figsize=(8, 1 + 0.35 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    for place, entry in enumerate(table):
+        axes.plot(entry["dices"], [place] * len(entry["dices"]), "o", color=GREY, markersize=4, alpha=0.6)
+        axes.plot([entry["low"], entry["high"]], [place] * 2, color=BLUE, linewidth=2)
+        axes.plot(entry["mean"], place, "D", color=BLUE, markersize=6)
+        if entry["arm"] == baseline:
+            axes.axvline(entry["mean"], color=ORANGE, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(table)), [entry["arm"] for entry in table])
+    axes.set(xlabel="validation Dice: seeds, mean and 95% interval", ylim=(len(table) - 0.5, -0.5))
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def animate(frames: list[np.ndarray], seconds: float = 1.0) -> bytes:
     """Pictures uint8 (H, W, 3) one after the other as the bytes of an endless animated GIF."""
     (first, *others), buffer = map(Image.fromarray, frames), io.BytesIO()

@@ -1,0 +1,319 @@
+"""What settings bring, and what they cost: studies of several runs an arm, and the speed of one.
+
+One run with one seed decides nothing: the next seed may turn the result round. A study is a folder whose `grid.yaml`
+names arms, each some settings and a number of seeds. `run_study` trains what is missing and adds a row a run to
+`rows.csv`; `summarise_study` turns the rows into a table with intervals. The runs themselves lie in `runs/` inside it.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader
+
+from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line
+from unet_helpers.datasets import TrainingPatches, WholeImages, decode
+from unet_helpers.evaluation import samples_of, score_images
+from unet_helpers.losses import SegmentationLoss
+from unet_helpers.metrics import mean_dice
+from unet_helpers.model import build_model, count_parameters
+from unet_helpers.plots import plot_arms, to_png
+from unet_helpers.prediction import predict_probabilities
+from unet_helpers.runs import load_run, read_history, result_settings
+from unet_helpers.scores import bootstrap_interval, dice, expanded_level, paired_difference
+from unet_helpers.system import describe_device, find_device, write_whole
+from unet_helpers.training import make_accelerator, shared_batches, train, train_step
+
+ENOUGH_SEEDS = 5  # with fewer, nothing is called better
+SOME_IMAGES = 20  # of the training images are scored, too: how much of what was trained on has been learned by heart?
+# Columns of `rows.csv`. The lists are JSON: Dice and losses after each epoch; counts of the validation images by name.
+TEXT, LISTS = ("arm", "settings", "device"), ("val_dice_curve", "train_loss_curve", "val_loss_curve", "counts")
+NUMBERS = ("seed", "val_dice", "train_dice", "best_epoch", "parameters", "seconds")
+COLUMNS = ("arm", "seed", "settings", *NUMBERS[1:], "device", *LISTS)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One choice that a study compares with others."""
+
+    name: str
+    config: Config
+    seeds: int  # it is trained with the seeds 0 to seeds - 1
+    starts_from: str | None  # the arm whose weights, of the same seed, its network starts from
+
+
+def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
+    """The arms of a study by name, and which one the others are compared with; `UserError` if `grid.yaml` is wrong.
+
+    The file holds `baseline: NAME`, `base:` with settings as in a run's `config.yaml`, and `arms:`, a mapping from
+    names to `seeds: 5` and what differs from the base, as `model.activation: gelu`; `starts_from: ARM` is optional.
+    """
+    path = Path(study) / "grid.yaml"
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+        arms = {}
+        for name, changes in grid["arms"].items():
+            settings = {section: dict(grid.get("base", {}).get(section, {})) for section in SECTIONS}
+            changes = dict(changes)
+            seeds, starts_from = changes.pop("seeds"), changes.pop("starts_from", None)
+            if type(seeds) is not int or seeds < 1 or (starts_from and starts_from not in arms):
+                raise ValueError(f"arm {name} needs a number of seeds, and to start from an arm above it, if any")
+            for key, value in changes.items():
+                section, _, setting = key.partition(".")
+                settings[section][setting] = value
+            arms[str(name)] = Arm(str(name), from_dict(settings, f"arm {name}"), seeds, starts_from)
+        if grid["baseline"] not in arms:
+            raise ValueError(f"the baseline {grid['baseline']} is no arm")
+        return arms, grid["baseline"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file, and a study needs one.") from None
+    except KeyError as error:
+        raise UserError(f"{path}: lacks {error}, or names a section of settings that does not exist.") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path}: is no grid of arms: {one_line(error)}") from error
+
+
+def fingerprint(arms: dict[str, Arm], arm: Arm, seed: int) -> str:
+    """What a row remembers of the settings behind it: another one, and the run has to be made again."""
+    origin = fingerprint(arms, arms[arm.starts_from], seed) if arm.starts_from else ""
+    text = json.dumps([result_settings(replace(arm.config, seed=seed)), origin], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = False) -> list[dict]:
+    """Train every run of the grid (of the arms `only`) that has no row yet; return all rows that belong to the grid.
+
+    Runs that were interrupted go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are written as runs finish, whole or not at all, with a picture of the table,
+    `arms.png`. Raises `UserError` if grid or rows cannot be read, or a run in the way has other settings.
+    """
+    study = Path(study)
+    arms, baseline = load_grid(study)
+    if unknown := set(only or []) - set(arms):
+        raise UserError(f"{study / 'grid.yaml'}: has no arm {min(unknown)}, but {', '.join(arms)}.")
+    rows = read_rows(study, arms)
+    for arm in arms.values():
+        for seed in range(arm.seeds if not only or arm.name in only else 0):
+            if not any((row["arm"], row["seed"]) == (arm.name, seed) for row in rows):
+                try:
+                    run = make_run(study, arms, arm, seed, quiet)
+                except UserError as error:
+                    if arm.config.model.encoder_weights is None:
+                        raise
+                    print(f"{arm.name}: not run here: {error}")
+                    break
+                row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": fingerprint(arms, arm, seed)}
+                rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
+                write_rows(study, rows)
+                write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
+    return rows
+
+
+def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool) -> Path:
+    """The folder of a finished run, trained now if need be, after that which it starts from."""
+    run, config = study / "runs" / f"{arm.name}-{seed}", replace(arm.config, seed=seed)
+    if arm.starts_from:
+        origin = make_run(study, arms, arms[arm.starts_from], seed, quiet)
+        config = replace(config, model=replace(config.model, weights=str(origin / "model.safetensors")))
+    if (run / "config.yaml").is_file() and result_settings(load_config(run / "config.yaml")) != result_settings(config):
+        raise UserError(f"{run}: holds a run of other settings than grid.yaml asks for; delete that folder.")
+    if not (run / "metrics.json").is_file():
+        train(config, run, resume=(run / "config.yaml").is_file(), quiet=quiet)
+    return run
+
+
+def score_arm(run: Path) -> dict:
+    """What a row says about a finished run."""
+    opened, history = load_run(run), read_history(run / "history.csv")
+    device, network, classes = find_device(), opened.model, opened.config.model.num_classes
+    network, dices = network.to(device, memory_format=torch.channels_last), {}
+    for split in ("train", "val"):
+        names = opened.metrics["training_images"][:SOME_IMAGES]
+        samples = [one for one in samples_of(opened.config, split) if split == "val" or one.name in names]
+        counted = score_images(network, WholeImages(samples, opened.config), classes, device, opened.threshold)
+        counts = np.stack(counted.image_counts)
+        dices[f"{split}_dice"] = float(score_of(counts)(counts.sum(0)))
+    curves = {f"{name}_curve": [row[name] for row in history] for name in ("val_dice", "train_loss", "val_loss")}
+    known = {name: opened.metrics[name] for name in ("best_epoch", "parameters", "seconds", "device")}
+    return dices | known | curves | {"counts": dict(zip(counted.names, counts.tolist(), strict=True))}
+
+
+def score_of(counts: np.ndarray) -> Callable:
+    """Dice of counts (..., 4), or its mean over the classes of counts (..., N, K, 4)."""
+    return dice if counts.ndim == 2 else mean_dice
+
+
+def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
+    """The rows of `rows.csv` that belong to the grid as it is now; `UserError` if the file is damaged."""
+    path = Path(study) / "rows.csv"
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        rows = [{k: v if k in TEXT else json.loads(v) for k, v in row.items() if k in COLUMNS} for row in rows]
+        known = [row for row in rows if row["arm"] in arms]
+        return [row for row in known if row["settings"] == fingerprint(arms, arms[row["arm"]], row["seed"])]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read as rows of a study: {one_line(error)}") from error
+
+
+def write_rows(study: Path, rows: list[dict]) -> None:
+    """Write `rows.csv`, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: v if k in TEXT else json.dumps(v) for k, v in row.items()} for row in rows])
+    write_whole(study / "rows.csv", text.getvalue())
+
+
+def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> list[dict]:
+    """A dictionary for each arm: `arm`, `seeds`, the `dices` of its seeds, their `mean`, `deviation` and interval `low`
+    to `high`; `difference`, `difference_low`, `difference_high` to the baseline, and `verdict`.
+
+    All are validation Dice. Intervals are bootstrapped over seeds and images, at the `expanded_level` of so few seeds;
+    differences are between runs of the same seed on the same images. The verdict is `better` or `worse` where the
+    difference's interval excludes zero and there are `ENOUGH_SEEDS`. What has no rows has NaN: it was not run here.
+    """
+    table, base = [], {row["seed"]: row for row in rows if row["arm"] == baseline}
+    for name in arms:
+        own = {row["seed"]: row for row in rows if row["arm"] == name}
+        entry = {"arm": name, "seeds": len(own), "dices": [row["val_dice"] for row in own.values()], "verdict": ""}
+        for key in ("mean", "deviation", "low", "high", "difference", "difference_low", "difference_high"):
+            entry[key] = math.nan
+        if own:
+            entry["mean"] = statistics.mean(entry["dices"])
+            entry["deviation"] = statistics.stdev(entry["dices"]) if len(own) > 1 else math.nan
+        if len(own) > 1:
+            counts = counts_of(own.values())
+            entry["low"], entry["high"] = bootstrap_interval(
+                counts, score_of(counts[0]), level=expanded_level(len(own))
+            )
+        common = sorted(own.keys() & base.keys()) if name != baseline else []
+        if len(common) > 1 and all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common):
+            a, b = (counts_of([side[seed] for seed in common]) for side in (own, base))
+            found = paired_difference(a, b, score_of(a[0]), level=expanded_level(len(common)))
+            entry |= {"difference": found["difference"], "difference_low": found["low"]}
+            entry["difference_high"] = found["high"]
+            if len(common) >= ENOUGH_SEEDS:
+                entry["verdict"] = "better" if found["low"] > 0 else "worse" if found["high"] < 0 else ""
+        table.append(entry)
+    return table
+
+
+def counts_of(rows) -> np.ndarray:
+    """Counts of runs and their images, (S, N, 4) or (S, N, K, 4)."""
+    return np.array([list(row["counts"].values()) for row in rows])
+
+
+def format_study(table: list[dict]) -> str:
+    """The table of `summarise_study` as text."""
+    width = max(len(entry["arm"]) for entry in table)
+    lines = [f"{'arm':{width}}  seeds   Dice     sd      95% interval     to baseline    95% interval"]
+    for entry in table:
+        line = f"{entry['arm']:{width}}  {entry['seeds']:5}  "
+        if not entry["seeds"]:
+            lines.append(line + "not run here")
+            continue
+        line += f"{entry['mean']:.4f}  {entry['deviation']:.4f}  {entry['low']:.4f} to {entry['high']:.4f}"
+        if not math.isnan(entry["difference"]):
+            interval = f"{entry['difference_low']:+.4f} to {entry['difference_high']:+.4f}"
+            line += f"  {entry['difference']:+.4f}      {interval}  {entry['verdict']}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 12, warmup: int = 3) -> dict:
+    """Measure training and prediction with the configured model, data and device.
+
+    Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
+    image predicted has `size` (height, width), by default DRIVE's. Returns the `spread` of images trained on per second
+    and of the seconds of a training step, waiting for its data (`data_share` of it), reading an image (`decode`) or
+    taking it from memory or cache (`cached`), and predicting one without and with flips.
+    """
+    check_config(config)
+    accelerator, settings = make_accelerator(config), config.training
+    device = accelerator.device
+    patches = TrainingPatches(samples_of(config, "train"), config)
+    torch.manual_seed(config.seed)
+    network = build_model(config.model).to(device).train()
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
+    model, optimiser = accelerator.prepare(network, optimiser)
+    loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
+    batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
+    loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
+    times = []
+    for _ in range(warmup + steps):
+        started = clock(device)
+        images, masks = next(loader)
+        loaded = clock(device)
+        train_step(model, optimiser, loss_function, accelerator, images, masks, settings.clip_norm)
+        times.append((loaded - started, clock(device) - started))
+    waits, totals = np.array(times[warmup:]).T
+
+    plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
+    image = torch.randn(3, *size, device=device)
+    samples, turns = cycle(patches.decoded.samples), cycle(range(len(patches.decoded)))
+    timed = partial(measure, device=device, steps=steps, warmup=warmup)
+    return {
+        "device": describe_device(device),
+        "precision": accelerator.mixed_precision,
+        "parameters": count_parameters(plain),
+        "batch_size": settings.batch_size,
+        "patch_size": config.augmentation.patch_size,
+        "image_size": list(size),
+        "training_step_seconds": spread(totals),
+        "data_seconds": spread(waits),
+        "data_share": float(waits.sum() / totals.sum()),
+        "images_per_second": spread(settings.batch_size / totals),
+        "decode_seconds": timed(lambda: decode(next(samples), config.data.longest_side)),
+        "cached_seconds": timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]]),
+        "predict_seconds": timed(lambda: predict_probabilities(plain, image, False)),
+        "predict_flips_seconds": timed(lambda: predict_probabilities(plain, image)),
+        "peak_memory_gib": peak_memory(device),
+    }
+
+
+def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
+    """The `spread` of the seconds that each of `steps` runs of `work` takes."""
+    seconds = []
+    for _ in range(warmup + steps):
+        started = clock(device)
+        work()
+        seconds.append(clock(device) - started)
+    return spread(np.array(seconds[warmup:]))
+
+
+def clock(device: torch.device) -> float:
+    """The time, once everything handed to the device has been done."""
+    getattr(torch, device.type).synchronize()  # on a CPU it does nothing
+    return time.perf_counter()
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
+    return dict(zip(("median", "low", "high"), np.percentile(values, [50, 25, 75]).tolist(), strict=True))
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB of CUDA memory allocated at most; elsewhere of the whole process's memory, libraries included (Unix only)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,243 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import scipy.stats
+import yaml
+
+from unet_helpers import studies
+from unet_helpers.__main__ import main
+from unet_helpers.config import UserError, to_dict
+from unet_helpers.runs import load_run
+from unet_helpers.scores import expanded_level
+from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
+
+RNG = np.random.default_rng(0)
+IMAGES = [f"eye{number}" for number in range(4)]
+
+
+def write_grid(study, small_config, **changes) -> None:
+    small_config.training.epochs = 1
+    base = to_dict(small_config)
+    del base["seed"]
+    grid = {
+        "baseline": "plain",
+        "base": base,
+        "arms": {
+            "plain": {"seeds": 2},
+            "wide": {"seeds": 2, "model.widths": [6, 12]},
+            "again": {"seeds": 1, "starts_from": "plain"},
+        },
+    }
+    study.mkdir(exist_ok=True)
+    (study / "grid.yaml").write_text(yaml.safe_dump({**grid, **changes}, sort_keys=False))
+
+
+def table_of(study) -> list[dict]:
+    return summarise_study(studies.read_rows(study, load_grid(study)[0]), *load_grid(study))
+
+
+@pytest.fixture
+def study(tmp_path, small_config):
+    write_grid(tmp_path / "study", small_config)
+    return tmp_path / "study"
+
+
+def test_a_study_trains_what_is_missing_and_nothing_else(study, monkeypatch):
+    rows = run_study(study, quiet=True)
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        ("plain", 0), ("plain", 1), ("wide", 0), ("wide", 1), ("again", 0),
+    ]  # fmt: skip
+    assert (study / "arms.png").read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        run = load_run(study / "runs" / f"{row['arm']}-{row['seed']}")
+        assert run.config.seed == row["seed"]
+        assert row["val_dice"] == pytest.approx(run.metrics["val"]["dice"])
+        tp, fp, fn, _ = np.sum(list(row["counts"].values()), axis=0)
+        assert row["val_dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+        assert 0 <= row["train_dice"] <= 1
+        assert len(row["val_dice_curve"]) == len(row["train_loss_curve"]) == 2
+    again = load_run(study / "runs" / "again-0")
+    assert again.config.model.weights == str(study / "runs" / "plain-0" / "model.safetensors")
+
+    before, table = (study / "rows.csv").read_text(), format_study(table_of(study))
+    monkeypatch.setattr(studies, "train", None)
+    run_study(study, quiet=True)
+    assert (study / "rows.csv").read_text() == before
+    monkeypatch.undo()
+
+    lines = before.splitlines(keepends=True)
+    (study / "rows.csv").write_text("".join([lines[0], lines[2], lines[4], lines[5]]))  # a clone has no runs, either
+    shutil.rmtree(study / "runs")
+    run_study(study, quiet=True)
+    assert format_study(table_of(study)) == table
+    assert {path.name for path in (study / "runs").iterdir()} == {"plain-0", "wide-0"}
+
+
+def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(study):
+    run_study(study, ["plain"], quiet=True)
+    shutil.rmtree(study / "runs")
+    rows = run_study(study, ["again"], quiet=True)
+    assert [(row["arm"], row["seed"]) for row in rows] == [("plain", 0), ("plain", 1), ("again", 0)]
+    assert {path.name for path in (study / "runs").iterdir()} == {"plain-0", "again-0"}
+    with pytest.raises(UserError, match="has no arm none, but plain, wide, again"):
+        run_study(study, ["none"])
+
+
+def test_another_grid_makes_the_rows_of_changed_arms_anew(study, small_config):
+    run_study(study, ["plain", "wide"], quiet=True)
+    arms = {"plain": {"seeds": 1}, "wide": {"seeds": 2, "model.widths": [5, 12]}}
+    write_grid(study, small_config, arms=arms)
+    with pytest.raises(UserError, match=r"wide-0: holds a run of other settings .*delete"):
+        run_study(study, quiet=True)
+    shutil.rmtree(study / "runs")
+    rows = run_study(study, quiet=True)
+    assert [row["seed"] for row in rows if row["arm"] == "plain"] == [0, 1]  # a row too many is none that is wrong
+    assert {path.name for path in (study / "runs").iterdir()} == {"wide-0", "wide-1"}
+
+
+def test_a_run_that_was_killed_goes_on(study, monkeypatch):
+    real = studies.train
+
+    def killed(config, run, **options):
+        config.training.epochs = 1
+        real(config, run, **options)
+        (run / "metrics.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, quiet=True)
+    assert not (study / "rows.csv").exists()
+    monkeypatch.setattr(studies, "train", real)
+    assert len(run_study(study, ["plain"], quiet=True)) == 2
+
+
+def test_an_arm_whose_encoder_weights_cannot_be_had_is_left_out(study, small_config, tmp_path, capsys):
+    missing = {"seeds": 2, "model.architecture": "Unet", "model.encoder_weights": str(tmp_path / "none.pth")}
+    write_grid(study, small_config, arms={"plain": {"seeds": 1}, "pretrained": missing, "last": {"seeds": 1}})
+    assert [row["arm"] for row in run_study(study, quiet=True)] == ["plain", "last"]
+    assert capsys.readouterr().out.count("pretrained: not run here: encoder_weights: there is no file") == 1
+    assert "pretrained      0  not run here" in format_study(table_of(study))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"baseline": "none"}, "baseline none is no arm"),
+        ({"arms": {"plain": {}}}, "lacks 'seeds'"),
+        ({"arms": {"plain": {"seeds": 0}}}, "arm plain needs a number of seeds"),
+        ({"arms": {"plain": {"seeds": 1, "starts_from": "wide"}}}, "start from an arm above it"),
+        ({"arms": {"plain": {"seeds": 1, "model.wide": 3}}}, "arm plain: .*wide"),
+        ({"arms": {"plain": {"seeds": 1, "modell.widths": [3]}}}, "modell"),
+        ({"arms": {"plain": {"seeds": 1, "training.epochs": -1}}}, "arm plain: training.epochs"),
+        ({"arms": ["plain"]}, "no grid"),
+        ({"arms": {"plain": 3}}, "no grid"),
+        ({"base": [1]}, "no grid"),
+    ],
+)
+def test_a_wrong_grid_is_named(study, small_config, changes, words):
+    write_grid(study, small_config, **changes)
+    with pytest.raises(UserError, match=words) as error:
+        load_grid(study)
+    assert "grid.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_named(study, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"grid\.yaml: there is no such file"):
+        load_grid(tmp_path / "none")
+    (study / "rows.csv").write_text("arm,seed,settings\nplain,zero,x\n")
+    with pytest.raises(UserError, match=r"rows\.csv: cannot be read"):
+        run_study(study)
+    (study / "rows.csv").write_bytes(b"\xff\xfe")
+    assert main(["study", str(study)]) == 2
+    (study / "grid.yaml").write_text("arms: [")
+    assert main(["study", str(study)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_the_command_prints_the_table(study, capsys):
+    assert main(["study", str(study), "--arms", "plain"]) == 0
+    out = capsys.readouterr().out
+    assert "wide" in out
+    assert out.count("not run here") == 2
+
+
+def row_of(arm: str, seed: int, dices: np.ndarray) -> dict:
+    """A row whose images have these Dice values."""
+    positive = 30_000
+    counts = np.stack([dices * positive, (1 - dices) * positive, (1 - dices) * positive, 0 * dices + 200_000], -1)
+    pooled = counts.sum(0)
+    dice = 2 * pooled[0] / (2 * pooled[0] + pooled[1] + pooled[2])
+    return {"arm": arm, "seed": seed, "val_dice": dice, "counts": dict(zip(IMAGES, counts.tolist(), strict=True))}
+
+
+def simulated(rng, shift: float = 0.0, seeds: int = 5) -> list[dict]:
+    """Two arms: images differ by .02, seeds by .003, and each image from seed to seed by another .003."""
+    images, rows = 0.8 + rng.normal(0, 0.02, 4), []
+    for arm, gain in (("one", 0.0), ("two", shift)):
+        for seed in range(seeds):
+            rows.append(row_of(arm, seed, images + gain + rng.normal(0, 0.003) + rng.normal(0, 0.003, 4)))
+    return rows
+
+
+def verdicts(repeats: int, **options) -> list[str]:
+    rng = np.random.default_rng(1)
+    tables = [summarise_study(simulated(rng, **options), {"one": None, "two": None}, "one") for _ in range(repeats)]
+    return [table[1]["verdict"] for table in tables]
+
+
+def test_identical_arms_are_rarely_told_apart():
+    found = verdicts(100)
+    assert found.count("better") + found.count("worse") <= 7
+
+
+def test_a_difference_far_above_the_noise_is_found_and_not_claimed_with_few_seeds():
+    assert verdicts(20, shift=0.015) == ["better"] * 20
+    assert verdicts(20, shift=-0.015) == ["worse"] * 20
+    assert verdicts(20, shift=0.015, seeds=3) == [""] * 20
+
+
+def test_the_table_by_hand_and_against_students_t():
+    rng = np.random.default_rng(2)
+    seeds = 0.8 + rng.normal(0, 0.004, 40)
+    rows = [row_of("one", seed, np.full(4, dice)) for seed, dice in enumerate(seeds)]  # images that do not differ
+    rows += [row_of("two", seed, np.full(4, dice + 0.01)) for seed, dice in enumerate(seeds[:30])]
+    one, two, none = summarise_study(rows, {"one": None, "two": None, "none": None}, "one")
+    assert one["mean"] == pytest.approx(seeds.mean())
+    assert one["deviation"] == pytest.approx(seeds.std(ddof=1))
+    expected = scipy.stats.t.interval(0.95, 39, seeds.mean(), scipy.stats.sem(seeds))
+    assert (one["low"], one["high"]) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    assert math.isnan(one["difference"])
+    assert two["difference"] == pytest.approx(0.01)  # of the same seeds: no noise is left
+    assert (two["difference_low"], two["difference_high"]) == pytest.approx((0.01, 0.01))
+    assert two["verdict"] == "better"
+    assert none["seeds"] == 0
+    assert format_study([one, two, none]).endswith("not run here")
+
+
+def test_arms_scored_on_other_images_are_not_compared():
+    rows = simulated(np.random.default_rng(0))
+    for row in rows[5:]:
+        row["counts"] = {f"other {name}": counts for name, counts in row["counts"].items()}
+    assert math.isnan(summarise_study(rows, {"one": None, "two": None}, "one")[1]["difference"])
+
+
+def test_several_classes_and_a_single_seed():
+    counts = {name: [[90, 5, 5, 0], [0, 0, 10, 90]] for name in IMAGES}
+    rows = [{"arm": "one", "seed": seed, "val_dice": 0.45, "counts": counts} for seed in range(2)]
+    (entry,) = summarise_study(rows, {"one": None}, "one")
+    assert (entry["low"], entry["high"]) == pytest.approx(((180 / 190) / 2,) * 2)
+    (entry,) = summarise_study(rows[:1], {"one": None}, "one")
+    assert entry["mean"] == 0.45
+    assert math.isnan(entry["deviation"])
+    json.dumps(entry)
+
+
+def test_the_level_of_few_runs_by_hand():
+    # t(.975, 4) = 2.776; 2.776 · sqrt(5/4) = 3.104; the normal distribution beyond it: .000955
+    assert (1 - expanded_level(5)) / 2 == pytest.approx(0.000955, abs=2e-6)
+    assert expanded_level(10_000) == pytest.approx(0.95, abs=1e-4)
