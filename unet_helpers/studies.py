@@ -33,7 +33,7 @@ from unet_helpers.model import build_model, count_parameters
 from unet_helpers.plots import plot_arms, to_png
 from unet_helpers.prediction import predict_probabilities
 from unet_helpers.runs import load_run, read_history, result_settings
-from unet_helpers.scores import bootstrap_interval, dice, expanded_level, paired_difference
+from unet_helpers.scores import bootstrap_interval, dice, paired_difference, widened
 from unet_helpers.system import describe_device, find_device, write_whole
 from unet_helpers.training import make_accelerator, shared_batches, train, train_step
 
@@ -51,7 +51,7 @@ class Arm:
 
     name: str
     config: Config
-    seeds: int  # it is trained with the seeds 0 to seeds - 1
+    seeds: list[int]  # it is trained with each of them
     starts_from: str | None  # the arm whose weights, of the same seed, its network starts from
 
 
@@ -59,7 +59,8 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
     """The arms of a study by name, and which one the others are compared with; `UserError` if `grid.yaml` is wrong.
 
     The file holds `baseline: NAME`, `base:` with settings as in a run's `config.yaml`, and `arms:`, a mapping from
-    names to `seeds: 5` and what differs from the base, as `model.activation: gelu`; `starts_from: ARM` is optional.
+    names to `seeds: 5` (from 0 on) or a list of them, and what differs from the base, as `model.activation: gelu`;
+    `starts_from: ARM` is optional.
     """
     path = Path(study) / "grid.yaml"
     try:
@@ -69,7 +70,8 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
             settings = {section: dict(grid.get("base", {}).get(section, {})) for section in SECTIONS}
             changes = dict(changes)
             seeds, starts_from = changes.pop("seeds"), changes.pop("starts_from", None)
-            if type(seeds) is not int or seeds < 1 or (starts_from and starts_from not in arms):
+            seeds = list(range(seeds)) if type(seeds) is int else seeds
+            if not seeds or any(type(seed) is not int for seed in seeds) or (starts_from and starts_from not in arms):
                 raise ValueError(f"arm {name} needs a number of seeds, and to start from an arm above it, if any")
             for key, value in changes.items():
                 section, _, setting = key.partition(".")
@@ -96,8 +98,9 @@ def fingerprint(arms: dict[str, Arm], arm: Arm, seed: int) -> str:
 def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = False) -> list[dict]:
     """Train every run of the grid (of the arms `only`) that has no row yet; return all rows that belong to the grid.
 
-    Runs that were interrupted go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are written as runs finish, whole or not at all, with a picture of the table,
-    `arms.png`. Raises `UserError` if grid or rows cannot be read, or a run in the way has other settings.
+    Runs that were interrupted go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are
+    written as runs finish, whole or not at all, with a picture of the table, `arms.png`. Raises `UserError` if grid or
+    rows cannot be read, or a run in the way has other settings.
     """
     study = Path(study)
     arms, baseline = load_grid(study)
@@ -105,7 +108,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
         raise UserError(f"{study / 'grid.yaml'}: has no arm {min(unknown)}, but {', '.join(arms)}.")
     rows = read_rows(study, arms)
     for arm in arms.values():
-        for seed in range(arm.seeds if not only or arm.name in only else 0):
+        for seed in arm.seeds if not only or arm.name in only else []:
             if not any((row["arm"], row["seed"]) == (arm.name, seed) for row in rows):
                 try:
                     run = make_run(study, arms, arm, seed, quiet)
@@ -183,7 +186,7 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
     """A dictionary for each arm: `arm`, `seeds`, the `dices` of its seeds, their `mean`, `deviation` and interval `low`
     to `high`; `difference`, `difference_low`, `difference_high` to the baseline, and `verdict`.
 
-    All are validation Dice. Intervals are bootstrapped over seeds and images, at the `expanded_level` of so few seeds;
+    All are validation Dice. Intervals are bootstrapped over seeds and images, and `widened` as so few seeds ask for;
     differences are between runs of the same seed on the same images. The verdict is `better` or `worse` where the
     difference's interval excludes zero and there are `ENOUGH_SEEDS`. What has no rows has NaN: it was not run here.
     """
@@ -198,17 +201,16 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
             entry["deviation"] = statistics.stdev(entry["dices"]) if len(own) > 1 else math.nan
         if len(own) > 1:
             counts = counts_of(own.values())
-            entry["low"], entry["high"] = bootstrap_interval(
-                counts, score_of(counts[0]), level=expanded_level(len(own))
-            )
+            interval = bootstrap_interval(counts, score_of(counts[0]))
+            entry["low"], entry["high"] = widened(entry["mean"], *interval, len(own))
         common = sorted(own.keys() & base.keys()) if name != baseline else []
         if len(common) > 1 and all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common):
             a, b = (counts_of([side[seed] for seed in common]) for side in (own, base))
-            found = paired_difference(a, b, score_of(a[0]), level=expanded_level(len(common)))
-            entry |= {"difference": found["difference"], "difference_low": found["low"]}
-            entry["difference_high"] = found["high"]
+            found = paired_difference(a, b, score_of(a[0]))
+            low, high = widened(found["difference"], found["low"], found["high"], len(common))
+            entry |= {"difference": found["difference"], "difference_low": low, "difference_high": high}
             if len(common) >= ENOUGH_SEEDS:
-                entry["verdict"] = "better" if found["low"] > 0 else "worse" if found["high"] < 0 else ""
+                entry["verdict"] = "better" if low > 0 else "worse" if high < 0 else ""
         table.append(entry)
     return table
 
