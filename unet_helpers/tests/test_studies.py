@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from unet_helpers.scores import widened
 from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
 
 RNG = np.random.default_rng(0)
+COMMITTED = sorted(path.parent for path in Path(__file__).parents[2].glob("checkpoints/study-*/rows.csv"))
 IMAGES = [f"eye{number}" for number in range(4)]
 
 
@@ -145,6 +147,15 @@ def test_a_wrong_grid_is_named(study, small_config, changes, words):
         load_grid(study)
     assert "grid.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("study", COMMITTED, ids=lambda study: study.name)
+def test_committed_rows_belong_to_their_grid(study):
+    arms, _ = load_grid(study)
+    rows = studies.read_rows(study, arms)
+    assert len(rows) == (study / "rows.csv").read_text().count("\n") - 1
+    assert all(row["seed"] in arms[row["arm"]].seeds for row in rows)
+    assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows)
 
 
 def test_damaged_files_are_named(study, tmp_path, capsys):
