@@ -31,7 +31,7 @@ from unet_helpers.evaluation import choose_threshold, samples_of, score_images, 
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
 from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch, write_history
-from unet_helpers.system import describe_device, find_device, find_precision, memory_is_full, write_json
+from unet_helpers.system import describe_device, find_device, find_precision, keep_memory, memory_is_full, write_json
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
@@ -159,6 +159,8 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     """Hugging Face's wrapper for devices, processes and mixed precision, set as the configuration asks."""
     device = find_device(config.training.device)
     precision = find_precision(config.training.precision, device)
+    if device.type == "cpu":
+        keep_memory()
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         AcceleratorState._reset_state(reset_partial_state=True)

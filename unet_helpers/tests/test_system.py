@@ -125,3 +125,25 @@ def test_text_that_is_no_utf8_is_written_all_the_same(tmp_path):
 def test_the_real_error_is_told_when_even_the_name_is_impossible(tmp_path):
     with pytest.raises(UserError, match="too long"):
         write_whole(tmp_path / ("a" * 300), b"")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
+def test_memory_that_is_kept_is_not_asked_for_again():
+    script = """
+import resource, numpy
+from unet_helpers.system import keep_memory
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        numpy.ones(8_000_000)  # 64 MB, which is freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = pages()
+keep_memory()
+pages()
+print(before, pages())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if before < 1000:
+        pytest.skip("this C library keeps large buffers anyway")
+    assert after < before / 10
