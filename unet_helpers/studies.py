@@ -6,7 +6,6 @@ names arms, each some settings and a number of seeds. `run_study` trains what is
 """
 
 import csv
-import hashlib
 import io
 import json
 import math
@@ -39,8 +38,8 @@ from unet_helpers.training import make_accelerator, shared_batches, train, train
 
 ENOUGH_SEEDS = 5  # with fewer, nothing is called better
 SOME_IMAGES = 20  # of the training images are scored, too: how much of what was trained on has been learned by heart?
-# Columns of `rows.csv`. The lists are JSON: Dice and losses after each epoch; counts of the validation images by name.
-TEXT, LISTS = ("arm", "settings", "device"), ("val_dice_curve", "train_loss_curve", "val_loss_curve", "counts")
+# Columns of `rows.csv`, in JSON but for texts: Dice and losses after each epoch; validation images' counts by name.
+TEXT, LISTS = ("arm", "device"), ("val_dice_curve", "train_loss_curve", "val_loss_curve", "counts")
 NUMBERS = ("seed", "val_dice", "train_dice", "best_epoch", "parameters", "seconds")
 COLUMNS = ("arm", "seed", "settings", *NUMBERS[1:], "device", *LISTS)
 
@@ -88,11 +87,16 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
         raise UserError(f"{path}: is no grid of arms: {one_line(error)}") from error
 
 
-def fingerprint(arms: dict[str, Arm], arm: Arm, seed: int) -> str:
-    """What a row remembers of the settings behind it: another one, and the run has to be made again."""
-    origin = fingerprint(arms, arms[arm.starts_from], seed) if arm.starts_from else ""
-    text = json.dumps([result_settings(replace(arm.config, seed=seed)), origin], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def settings_of(arms: dict[str, Arm], arm: Arm, seed: int) -> dict:
+    """What decides a run's result, as its row remembers it; where the grid asks for something else, it is made anew."""
+    origin = {"starts_from": settings_of(arms, arms[arm.starts_from], seed)} if arm.starts_from else {}
+    return result_settings(replace(arm.config, seed=seed)) | origin
+
+
+def complete(settings: dict) -> dict:
+    """The same with a default for each setting that did not exist yet when the row was written."""
+    origin = {"starts_from": complete(settings["starts_from"])} if "starts_from" in settings else {}
+    return result_settings(Config()) | settings | origin
 
 
 def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = False) -> list[dict]:
@@ -117,7 +121,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                         raise
                     print(f"{arm.name}: not run here: {error}")
                     break
-                row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": fingerprint(arms, arm, seed)}
+                row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
                 rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
                 write_rows(study, rows)
                 write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
@@ -168,7 +172,8 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
             rows = list(csv.DictReader(file))
         rows = [{k: v if k in TEXT else json.loads(v) for k, v in row.items() if k in COLUMNS} for row in rows]
         known = [row for row in rows if row["arm"] in arms]
-        return [row for row in known if row["settings"] == fingerprint(arms, arms[row["arm"]], row["seed"])]
+        wanted = [settings_of(arms, arms[row["arm"]], row["seed"]) for row in known]
+        return [row for row, now in zip(known, wanted, strict=True) if complete(row["settings"]) == now]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: cannot be read as rows of a study: {one_line(error)}") from error
 

@@ -149,6 +149,16 @@ def test_a_wrong_grid_is_named(study, small_config, changes, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_setting_that_came_later_leaves_rows_valid_unless_it_is_used(study):
+    run_study(study, ["plain", "again"], quiet=True)
+    arms, before = load_grid(study)[0], (study / "rows.csv").read_text()
+    assert before.count('""data.normalisation"": ""image""') == 4  # three rows, and what one of them starts from
+    (study / "rows.csv").write_text(before.replace('""data.normalisation"": ""image"", ', ""))
+    assert len(studies.read_rows(study, arms)) == 3
+    (study / "rows.csv").write_text(before.replace('""data.normalisation"": ""image""', '""data.normalisation"": 1', 1))
+    assert len(studies.read_rows(study, arms)) == 2
+
+
 @pytest.mark.parametrize("study", COMMITTED, ids=lambda study: study.name)
 def test_committed_rows_belong_to_their_grid(study):
     arms, _ = load_grid(study)
