@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from unet_helpers.config import IGNORE, DataConfig, UserError, one_line
-from unet_helpers.images import Meaning, list_images
+from unet_helpers.images import Colours, Meaning, list_images
 from unet_helpers.pairing import SPLITS, Pair, pair_by_name
 
 NYUV2_FILE = "nyu_depth_v2_labeled.mat"
@@ -23,7 +23,7 @@ HOW_TO_GET, CLASS_NAMES = TABLES["how_to_get"], TABLES["class_names"]
 # `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
 NYUV2 = TABLES["nyuv2"]
 # RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
-RITE_COLOURS = {0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE}
+RITE_COLOURS = Colours({0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE})
 CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
 MEANINGS = {"drive": "binary", "rite": RITE_COLOURS, "carvana": "binary", "camvid": CAMVID_LABELS}  # of mask values
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
 
@@ -60,13 +60,12 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
             samples.append(Sample(name, key, key, None, name, split, meaning))
     else:
         root = Path(config.root).expanduser()
-        if not root.is_dir():
+        if not (root.is_dir() or (config.name == "folder" and root.is_file())):
             raise UserError(f"{root}: no such folder: set data.root to the folder that holds the data")
         if config.name == "folder":
-            pairs, meaning = read_folder(root), config.mask_values
+            pairs = read_folder(root)
             groups = groups_by_name(pairs, config.group_pattern)
-            if meaning == "auto":
-                meaning = find_meaning([pair.mask for pair in pairs])
+            meaning = find_meaning([pair.mask for pair in pairs], wanted_meaning(config))
         else:
             pairs, groups, meaning = read_public(config.name, root, observer)
         brought = [pair.split for pair in pairs]
@@ -80,9 +79,45 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
     return sorted(samples, key=lambda sample: (SPLITS.index(sample.split), sample.name))
 
 
-def find_meaning(masks: Sequence[Path]) -> images.Meaning:
-    """What mask values mean, from every mask of the data set; an error names the mask with the strangest ones."""
-    values = {path: set(np.flatnonzero(np.bincount(images.read_mask_values(path).ravel())).tolist()) for path in masks}
+def wanted_meaning(config: DataConfig) -> images.Meaning | str:
+    """What the settings say of the masks of a folder: `auto`, `binary`, `classes`, `colours`, or the class of each."""
+    if config.palette:
+        return images.Colours({int(colour[1:], 16): index for index, colour in enumerate(config.palette)})
+    return config.mask_values
+
+
+def settle(config: DataConfig) -> DataConfig:
+    """The settings with what was found in the masks of a folder in place of `auto`, for a run to remember.
+
+    Otherwise other masks, some with fewer colours, say, would be taken to mean something else.
+    """
+    if config.name != "folder":
+        return config
+    meaning = find_samples(config)[0].meaning
+    if not images.is_coloured(meaning):
+        return replace(config, mask_values=meaning)
+    return replace(config, mask_values="colours", palette=tuple(f"#{colour:06x}" for colour in meaning))
+
+
+def find_meaning(masks: Sequence[Path], wanted: images.Meaning | str = "auto") -> images.Meaning:
+    """What mask values mean: what is `wanted` or, for `auto` and `colours`, what every mask of the data set says.
+
+    They are `colours` if any mask is in true colours, or if palettes disagree, so that their indices mean nothing. An
+    error names the mask with the strangest values.
+    """
+    if wanted not in ("auto", "colours"):
+        return wanted
+    values, colour_of, agree = {}, {}, wanted == "auto"
+    for path in masks if agree else ():
+        try:
+            values[path], palette = images.survey_mask(path)
+        except images.InColours:
+            palette, agree = {}, False
+        agree = agree and all(colour_of.setdefault(*item) == item[1] for item in palette.items())
+        if not agree:
+            break
+    if not agree:
+        return images.find_palette(masks)
     found = set().union(*values.values())
     if found == {0, 1, IGNORE} and not any({1, IGNORE} <= held for held in values.values()):
         odd = next(path for path in masks if IGNORE in values[path])

@@ -5,6 +5,7 @@ A photograph is made of colours (`read_image`); a mask is made of numbers, howev
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -15,10 +16,20 @@ from PIL import Image, ImageOps
 
 from unet_helpers.config import IGNORE, UserError, one_line
 
-Meaning = Literal["binary", "classes"] | dict[int, int]  # or which class each value is
+
+class Colours(dict[int, int]):
+    """Which class each colour, 0xRRGGBB, of a data set's masks is."""
+
+
+class InColours(UserError):
+    """A mask is a picture in true colours, and cannot be read as numbers."""
+
+
+Meaning = Literal["binary", "classes"] | dict[int, int]  # a dictionary says which class each value is
 Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of each channel
 # Mean and standard deviation of the channels, as parts of full scale, for `config.data.normalisation`.
 CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+MAX_COLOURS = 254  # of the masks of a data set
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
 
 
@@ -84,13 +95,38 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
     Dice .226 instead of .789), but a GIF in pure black and white gives 0 and 255, as programs number its colours as
     they please. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives one channel. `UserError` for a GIF whose greys
-    were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and, without `colours`, a picture in true colours.
+    were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and `InColours` for true colours without `colours`.
     """
-    picture, form, _ = _open(path)
+    picture, form = _open_mask(path)
+    if not colours:
+        return _numbers(path, picture, form)
+    if picture.mode in DEEP_MODES:
+        raise UserError(f"{path}: holds numbers of more than 8 bits, others hold colours: save all masks alike, as PNG")
+    return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+
+
+def survey_mask(path: str | Path) -> tuple[set[int], dict[int, int]]:
+    """The numbers in a mask file and, of a palette picture that is not all grey, the colour of each, 0xRRGGBB."""
+    picture, form = _open_mask(path)
+    numbers = set(np.flatnonzero(np.bincount(_numbers(path, picture, form).ravel())).tolist())
+    if picture.mode != "P":
+        return numbers, {}
+    palette = np.array([*picture.getpalette("RGB"), *[0] * 768][:768]).reshape(256, 3)
+    used = {index: palette[index] for _, index in picture.getcolors(256)}
+    grey = all(np.ptp(colour) == 0 for colour in used.values())
+    return numbers, {} if grey else {index: int(colour @ [1 << 16, 1 << 8, 1]) for index, colour in used.items()}
+
+
+def _open_mask(path: str | Path) -> tuple[Image.Image, str]:
+    picture, form, is_deep = _open(path)
     if form in ("JPEG", "MPO", "JPEG2000"):
         raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
-    if colours:
-        return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    if is_deep:
+        raise UserError(f"{path}: a mask with 16 bits for each of several channels: save it with 8 bits a channel")
+    return picture, form
+
+
+def _numbers(path: str | Path, picture: Image.Image, form: str) -> np.ndarray:
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
         colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
@@ -103,7 +139,8 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     if values.ndim == 3:
         colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
         if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
-            raise UserError(f"{path}: a mask in colours ({picture.mode}): save one channel of class indices, as PNG")
+            remedy = "set data.mask_values to colours, or save one channel of class indices, as PNG"
+            raise InColours(f"{path}: a mask in colours ({picture.mode}): {remedy}")
         values = np.ascontiguousarray(colours[..., 0])
     if values.dtype != np.uint8:
         if not ((values >= 0) & (values < 2**16) & (values == np.round(values))).all():
@@ -115,15 +152,15 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
 def mask_meaning(values: Iterable[int]) -> Meaning:
     """Decide what the numbers in the masks of one data set mean, from all the values found in all its masks.
 
-    {0, 1} and {0, 255} (or fewer) are `binary`; {0..k} and {0..k, 255}, with a few k missing, are `classes`, where 255
-    means "ignore", also in {0, 1, 255}. Anything else, such as {3, 17, 250}, raises `UserError`.
+    {0, 1}, {0, 255} and {0, 65535} (or fewer) are `binary`; {0..k} and {0..k, 255}, with a few k missing, are
+    `classes`, where 255 means "ignore", also in {0, 1, 255}. Anything else, such as {3, 17, 250}, raises `UserError`.
     """
     found = sorted(map(int, set(values)))
     if not found:
         raise UserError("no mask values found: there are no masks")
     if found == [IGNORE]:
         raise UserError("all masks hold nothing but 255: set data.mask_values to `binary` or `classes`, or mend them")
-    if set(found) <= {0, 1} or found == [0, IGNORE]:
+    if set(found) <= {0, 1} or found in ([0, IGNORE], [0, 2**16 - 1]):
         return "binary"
     classes = [value for value in found if value != IGNORE]
     missing = classes[-1] + 1 - len(classes)
@@ -131,13 +168,39 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
         reason = "masks resized with interpolation or once saved as JPEG look like this"
         problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; {reason}"
-        raise UserError(f"{problem}: export them again, or set data.mask_values")
+        raise UserError(f"{problem}: export them again, or set data.mask_values (`colours`: each value is a class)")
     return "classes"
+
+
+def find_palette(masks: Iterable[Path]) -> Colours:
+    """The class of each colour in the masks of a data set: black comes first, or else the most frequent; then by value.
+
+    `UserError` names the mask with the most colours where they cannot all be classes: more than 254 in all masks, or
+    most of those in a mask cover less than a thousandth of it, as the shades along smoothed edges do.
+    """
+    pixels, held, rare = Counter(), Counter(), 0
+    for path in masks:
+        colours, counts = np.unique(read_mask_values(path, colours=True), return_counts=True)
+        pixels.update(dict(zip(colours.tolist(), counts.tolist(), strict=True)))
+        held[path] = len(colours)
+        rare += int((1000 * counts < counts.sum()).sum())
+        if len(pixels) > MAX_COLOURS:
+            break
+    if len(pixels) > MAX_COLOURS or (len(pixels) > 16 and 2 * rare > held.total()):
+        (path, count), *_ = held.most_common()
+        reason = "smoothed edges and masks once saved as JPEG look like this"
+        remedy = "export them again without smoothing, as PNG, or list the colours that are classes in data.palette"
+        raise UserError(
+            f"{path}: holds {count} of {len(pixels)} or more colours, too many for classes; {reason}: {remedy}"
+        )
+    first = 0 if 0 in pixels else min(pixels, key=lambda colour: (-pixels[colour], colour))
+    ordered = sorted(pixels, key=lambda colour: (colour != first, colour))
+    return Colours({colour: index for index, colour in enumerate(ordered)})
 
 
 def is_coloured(meaning: Meaning) -> bool:
     """Whether the masks are pictures in colours, and the meaning tells the class of each, 0xRRGGBB."""
-    return isinstance(meaning, dict) and max(meaning) > 2**16
+    return isinstance(meaning, Colours)
 
 
 def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
@@ -150,7 +213,7 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
         if (wrong := values[known[place] != values]).size:
             value = f"the colour #{wrong[0]:06x}" if is_coloured(meaning) else f"the label {wrong[0]}"
-            raise UserError(f"holds {value}, which is none of this data set: get the file again")
+            raise UserError(f"holds {value}, which is no class of this data set: mend the mask, or get it again")
         return classes[place].astype(np.uint8)
     if meaning == "binary":
         return (values != 0).astype(np.uint8)

@@ -5,8 +5,11 @@ what is left must be the same on both sides. A group (one eye with its augmented
 not be torn apart: near-copies of training images would be in the test set, and the score would measure memory.
 """
 
+import csv
+import io
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unet_helpers.config import DataConfig, UserError
+from unet_helpers.config import DataConfig, UserError, one_line
 from unet_helpers.images import list_images
 
 SPLITS = ("train", "val", "test")
@@ -24,6 +27,7 @@ IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
 NOTHING = "$^"  # matches no word
+LIST = "pairs.csv"  # at the top of a folder: says what belongs together
 
 
 class Pair(NamedTuple):
@@ -35,6 +39,7 @@ class Pair(NamedTuple):
     folders: tuple[str, ...] = ()  # others that it lies in
     field_of_view: Path | None = None
     number: int | None = None  # within a file of many images
+    group: str = ""  # that a list names
 
 
 # ---- image and mask
@@ -42,11 +47,19 @@ def read_folder(root: Path) -> list[Pair]:
     """Find every image below `root` with its mask, sorted by path.
 
     Folders may be `train/image` and `train/mask`, `images/train` and `masks/train`, `train` and `train_masks`, or one
-    that holds both. Raises `UserError` if there is no picture, one has no partner, or a name fits twice.
+    that holds both. A CSV file in place of `root`, or `pairs.csv` in it, is followed instead, see `read_list`. Raises
+    `UserError` if there is no picture, one has no partner, a name fits twice, or a folder below cannot be read.
     """
+    if root.is_file() or (root / LIST).is_file():
+        return read_list(root if root.is_file() else root / LIST)
+
+    def refuse(error: OSError) -> None:
+        remedy = "allow it to be read, or move it elsewhere"
+        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}): {remedy}") from error
+
     places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     seen = {os.path.realpath(root)}  # links may lead to a folder twice, or round in circles
-    for folder, below, _ in os.walk(root, followlinks=True):
+    for folder, below, _ in os.walk(root, onerror=refuse, followlinks=True):
         paths = [os.path.join(folder, name) for name in sorted(below) if not name.startswith((".", "__"))]
         below.clear()
         for path in sorted(paths, key=os.path.islink):  # what is really there comes before links to it
@@ -71,6 +84,52 @@ def read_folder(root: Path) -> list[Pair]:
     if not pairs:
         raise UserError(f"{root}: no pictures below it: put photographs in {root}/images, their masks in {root}/masks")
     return pairs
+
+
+def read_list(path: Path) -> list[Pair]:
+    """Read a CSV file with the columns image and mask and, where wanted, field_of_view, group and split.
+
+    Paths start from the folder of the file and stay below it, so that a list from elsewhere opens no other files. What
+    `prepare` writes is such a list. Raises `UserError` that names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets mark UTF-8
+        head = text.partition("\n")[0]
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+        table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
+        rows = [(table.line_num, row) for row in table]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a list ({one_line(error)}): save it as CSV in UTF-8") from error
+    if not {"image", "mask"} <= set(table.fieldnames) or not rows:
+        raise UserError(f"{path}: must hold a line with the column names image and mask, and a line for each image")
+    pairs = {}
+    for line, row in rows:
+        place = f"{path} line {line}"
+        if None in row:
+            raise UserError(f"{place}: more cells than columns: put names that hold a comma in quotes")
+        cells = {name: (cell or "").strip() for name, cell in row.items()}
+        split = cells.get("split", "").lower()
+        if split and split not in SPLIT_OF:
+            raise UserError(f"{place}: there is no split `{split}`: name train, val or test, or leave it empty")
+        image, mask = (_listed(path, cells[name], place) for name in ("image", "mask"))
+        view = _listed(path, cells["field_of_view"], place) if cells.get("field_of_view") else None
+        if image in pairs:
+            raise UserError(f"{place}: {image} is listed twice: remove one of the lines")
+        folders = image.relative_to(path.parent).parts[:-1]
+        pairs[image] = Pair(image, mask, SPLIT_OF.get(split, ""), folders, view, None, cells.get("group", ""))
+    return list(pairs.values())
+
+
+def _listed(table: Path, name: str, place: str) -> Path:
+    """The file that a list calls `name`, whichever Unicode form the disk keeps its name in."""
+    home = os.path.abspath(table.parent)
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        full = os.path.abspath(os.path.join(home, form))
+        if not Path(full).is_relative_to(home):
+            raise UserError(f"{place}: {name} lies outside {table.parent}: move the list above all files it names")
+        if os.path.isfile(full):
+            return table.parent / os.path.relpath(full, home)
+    raise UserError(f"{place}: there is no file `{name}`: paths start from the folder of the list")
 
 
 def _place(folder: Path) -> tuple[bool, tuple[str, ...]]:
@@ -119,23 +178,24 @@ def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path
 
 def _tokens(path: Path, words: str) -> tuple[str, ...]:
     """The parts of a file's stem without those that only say what kind of file it is; numbers stay (`mask01`: 01)."""
+    stem = unicodedata.normalize("NFC", path.stem)  # a Mac may write ü as u and two dots
     if words == NOTHING:
-        return (path.stem,)
-    tokens = re.split(r"[-_.\s()]+", path.stem.lower())
+        return (stem,)
+    tokens = re.split(r"[-_.\s()]+", stem.lower())
     tokens = [re.sub(rf"^(?:manual\d*$|(?:{words})(?=\d*$))", "", token) for token in tokens]
     return tuple(token for token in tokens if token)
 
 
 # ---- groups
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
-    """The group of each image: what `data.group_pattern` finds in the stem of its name.
+    """The group of each image: what a list says, or what `data.group_pattern` finds in the stem of its name.
 
     Equal names in other folders are other groups, unless the pattern is the user's or there are copies, `0__hflip.png`.
     """
     groups = []
     for pair in pairs:
         try:
-            groups.append(re.match(pattern, pair.image.stem).group(1) or "")
+            groups.append(pair.group or re.match(pattern, pair.image.stem).group(1) or "")
         except (re.error, IndexError, AttributeError) as error:
             problem = f"data.group_pattern is {pattern}, but it must fit each name and hold one group in brackets"
             raise UserError(f"{pair.image}: {problem}") from error
@@ -143,7 +203,9 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
         return groups
     named = list(zip(pairs, groups, strict=True))
     copied = {group for pair, group in named if group != pair.image.stem}
-    return [g if g in copied else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named]
+    return [
+        g if g in copied or pair.group else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named
+    ]
 
 
 # ---- splits: groups are sorted before they are shuffled, so that only the seed decides, not the order of files
