@@ -145,6 +145,8 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         if array is not None and array.shape != image.shape[:2]:
             sizes = ["×".join(map(str, one.shape[1::-1])) for one in (array, image)]
             problem = f"has {sizes[0]} pixels, but its image {sample.image} {sizes[1]}"
+            if sample.number is None and images.orientation(path) != images.orientation(sample.image):
+                problem += ", after one of them was turned as its EXIF data say"
             raise UserError(f"{path}: {problem}: make them of one size")
     try:
         mask = images.decode_mask(values, sample.meaning)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from unet_helpers.config import IGNORE, UserError, one_line
 
@@ -61,6 +61,12 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever they like: OSError, SyntaxError, struct.error, ...
         raise UserError(f"{path}: not a readable picture, or damaged ({one_line(error)}): get it again") from error
+
+
+def orientation(path: str | Path) -> int:
+    """How the EXIF data of a picture turn it: 1 not at all, 2 to 8 some way."""
+    with Image.open(path) as picture:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def read_image(path: str | Path) -> np.ndarray:

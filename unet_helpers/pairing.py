@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -27,6 +27,7 @@ IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
 NOTHING = "$^"  # matches no word
+SHEETS = {f"{name}_sheet.png" for name in get_args(get_type_hints(DataConfig)["name"])}  # drawn by `prepare`
 LIST = "pairs.csv"  # at the top of a folder: says what belongs together
 
 
@@ -68,7 +69,8 @@ def read_folder(root: Path) -> list[Pair]:
                 below.append(os.path.basename(path))
         is_mask, place = _place(Path(folder).relative_to(root))
         with suppress(UserError):  # no pictures here
-            places.setdefault(place, ([], []))[is_mask].extend(list_images(folder))
+            found = [path for path in list_images(folder) if path.name not in SHEETS]
+            places.setdefault(place, ([], []))[is_mask].extend(found)
     pairs = []
     for place, (images, masks) in sorted(places.items()):
         images, masks = sorted(images), sorted(masks)

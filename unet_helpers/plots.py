@@ -8,12 +8,13 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 from unet_helpers.config import IGNORE
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # Okabe and Ito's colour-blind safe palette
 FEW_COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#E69F00")  # theirs, too
+CELL = 240  # pixels for the longer side of a picture on a contact sheet
 MANY_COLOURS = (  # Paul Tol's discrete rainbow, safe for colour-blind readers, in an order that keeps neighbours apart
     "#7BAFDE", "#882E72", "#F7F056", "#D1BBD7", "#DC050C", "#4EB265", "#E8601C",
     "#1965B0", "#F6C141", "#AE76A3", "#CAE0AB", "#5289C7", "#F1932D", "#90C987",
@@ -44,13 +45,19 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     return figure
 
 
-def to_png(picture: Figure | np.ndarray) -> bytes:
-    """A figure, or an array, uint8 or uint16 (H, W) or uint8 (H, W, 3), as the bytes of a PNG file."""
+def to_png(picture: Figure | np.ndarray, palette: Sequence[str] | None = None) -> bytes:
+    """A figure, or an array, uint8 or uint16 (H, W) or uint8 (H, W, 3), as the bytes of a PNG file.
+
+    With a `palette` of colours `#rrggbb` the file keeps the numbers of the array and shows them in these colours.
+    """
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=120)
     else:
-        Image.fromarray(picture).save(buffer, "PNG")
+        image = Image.fromarray(picture)
+        if palette:
+            image.putpalette(bytes.fromhex("".join(palette).replace("#", "")))
+        image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -79,6 +86,36 @@ def colour_classes(classes: np.ndarray, num_classes: int = 8) -> np.ndarray:
     colours = np.full((256, 3), 128, np.uint8)
     colours[:num_classes] = class_colours(num_classes)
     return colours[classes]
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """A photograph tinted and outlined by class, but for class 0; 255 is grey: uint8 (H, W, 3).
+
+    The image is uint8 in 0..255 or float32 in 0..1, (H, W, 3); the classes are (H, W).
+    """
+    photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
+    colours, padded = colour_classes(classes, num_classes), np.pad(classes, 1, mode="edge")
+    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    outline = np.any([neighbour != classes for neighbour in around], axis=0)
+    share = np.where(classes == 0, 0, np.where(outline, 1, 0.35))[..., None]
+    return (photo * (1 - share) + colours * share).round().astype(np.uint8)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Pictures, uint8 (H, W, 3) of any sizes, four in a row, and a legend of classes, all but the first."""
+    legend = list(zip(names, class_colours(len(names)).tolist(), strict=True))[1:]
+    side, line, rows, below = CELL + 8, 16, -(-len(pictures) // 4), -(-len(legend) // 6)
+    sheet = Image.new("RGB", (4 * side + 8, rows * (side + line) + below * line + 8), "white")
+    draw = ImageDraw.Draw(sheet)  # much faster than a figure of as many axes
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        x, y = 8 + number % 4 * side, 4 + number // 4 * (side + line)
+        draw.text((x, y), title.encode("ascii", "replace")[-38:].decode(), "black")
+        sheet.paste(ImageOps.contain(Image.fromarray(picture), (CELL, CELL), Image.Resampling.NEAREST), (x, y + line))
+    for number, (name, colour) in enumerate(legend):
+        x, y = 8 + number % 6 * 2 * side // 3, 4 + rows * (side + line) + number // 6 * line
+        draw.rectangle((x, y, x + 12, y + 11), tuple(colour), GREY)
+        draw.text((x + 18, y), name.encode("ascii", "replace")[:18].decode(), "black")
+    return np.array(sheet)
 
 
 def class_handles(names: Sequence[str]) -> list[Patch]:

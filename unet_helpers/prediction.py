@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from unet_helpers.catalogue import MEANINGS, class_names
 from unet_helpers.config import DataConfig, Flips, UserError
-from unet_helpers.datasets import find_meaning
+from unet_helpers.datasets import find_meaning, wanted_meaning
 from unet_helpers.images import decode_mask, is_coloured, list_images, normalise, read_image, read_mask_values, shrink
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.pairing import pair_by_name
@@ -107,7 +107,8 @@ def predict(
 ) -> list[Path]:
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
-    A binary mask holds 0 and 255. With several classes it holds class indices, `<stem>_color.png` shows them in
+    A binary mask holds 0 and 255, or the two colours of the masks trained on. With several classes it holds class
+    indices, shown in the colours of the masks trained on if those were in colours, `<stem>_color.png` shows them in
     colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
     folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown. With
     `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
@@ -120,7 +121,7 @@ def predict(
         raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
     config = opened.config
-    meaning = MEANINGS.get(config.data.name, config.data.mask_values)
+    meaning = MEANINGS.get(config.data.name) or wanted_meaning(config.data)
     truths = find_truths(images, truth, meaning) if truth else {}
     for path in images:  # look at every input before the first output
         size = read_image(path).shape[:2]
@@ -158,14 +159,15 @@ def predict_image(
 
 def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:
     """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending."""
+    palette = run.config.data.palette
     if probability.ndim == 2:
         levels = quantise(probability).numpy()
         classes = (levels >= level(run.threshold)).astype(np.uint8)
-        files = {"_mask.png": to_png(classes * 255)}
+        files = {"_mask.png": to_png(classes, palette) if palette else to_png(classes * 255)}
     else:
         best, chosen = probability.max(0)
         levels, classes = quantise(best).numpy(), chosen.numpy().astype(np.uint8)
-        files = {"_mask.png": to_png(classes), "_color.png": to_png(colour_classes(classes, len(probability)))}
+        files = {"_mask.png": to_png(classes, palette), "_color.png": to_png(colour_classes(classes, len(probability)))}
     return classes, files | {"_probability.png": to_png(levels.astype(np.uint16))}
 
 
@@ -194,5 +196,5 @@ def find_truths(images: list[Path], truth: Path | str, meaning="auto") -> dict[P
     if not truth.is_dir() and len(images) > 1:
         raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
     masks = pair_by_name(images, list_images(truth)) if truth.is_dir() else {images[0]: truth}
-    meaning = find_meaning(list(masks.values())) if meaning == "auto" else meaning
+    meaning = find_meaning(list(masks.values()), meaning)
     return {path: decode_mask(read_mask_values(mask, is_coloured(meaning)), meaning) for path, mask in masks.items()}

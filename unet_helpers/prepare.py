@@ -1,16 +1,19 @@
 """Make sure that a data set is there and sound before anybody trains on it, and write down who is in which split.
 
-Every image and mask is opened once: what is missing, damaged, of another size or oddly valued comes out here, with the
-file's name, and not in the middle of the night in epoch 17. `expand_offline` is the old way of augmenting.
+Every image and mask is opened: what is missing, damaged, of another size or oddly valued comes out here, with the
+file's name, and not in the middle of the night in epoch 17. What is only suspicious is noted, and a sheet of images
+under their masks shows what no program sees. `expand_offline` is the old way of augmenting.
 """
 
 import csv
 import hashlib
 import io
+import json
 import os
 import re
+import shlex
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import cv2
@@ -21,20 +24,26 @@ from tqdm import tqdm
 from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
-from unet_helpers.images import is_coloured
+from unet_helpers.images import is_coloured, orientation, shrink
 from unet_helpers.pairing import SPLITS
+from unet_helpers.plots import CELL, contact_sheet, overlay, to_png
 from unet_helpers.system import make_folder, write_error, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
 FORMS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
+SHEET = 12  # images on the contact sheet
+NEARLY_EMPTY = 0.001  # share of foreground below which a mask is pointed out
+RARE = 0.0001  # share of a class's pixels below which it is pointed out
 MAX_ANGLE = 45.0  # degrees
 
 
 def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     """Check every file of a data set, write `<output>/<name>_{train,val,test}.csv`, and return a report of a few lines.
 
-    Nothing is written before all is checked; `download` fetches DRIVE from Kaggle if it is not below `config.root`.
+    `<output>/<name>_sheet.png` shows a dozen of the images with their masks. The lists name files below `output` from
+    there, as `pairing.read_list` wants it. Nothing is written before all is checked; `download` fetches DRIVE from
+    Kaggle if it is not below `config.root`.
     Raises `UserError`, naming the file and what is wrong with it, or saying what to download where.
     """
     check_config(Config(data=config))
@@ -48,32 +57,77 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     if config.name == "drive" and (len(samples), testing) != (40, 20):
         found = f"{len(samples) - testing} training and {testing} test images"
         raise UserError(f"{root}: {found}, but DRIVE has 20 of each: unpack all of it, or use data.name=folder")
-    pixels, sizes, digests, notes = np.zeros(256, np.int64), Counter(), {}, []
-    for sample in tqdm(samples, "checking images", unit="image", leave=False, disable=None):
+    pixels, sizes, digests, odd, shown = np.zeros(256, np.int64), Counter(), {}, defaultdict(list), {}
+    on_sheet = {round(place) for place in np.linspace(0, len(samples) - 1, SHEET)}
+    for index, sample in enumerate(tqdm(samples, "checking images", unit="image", leave=False, disable=None)):
         image, mask = load_sample(sample)
-        pixels += np.bincount(mask.ravel(), minlength=256)
+        counts = np.bincount(mask.ravel(), minlength=256)
+        pixels += counts
         sizes["×".join(map(str, mask.shape[::-1]))] += 1
-        twin = digests.setdefault(hashlib.sha256(np.ascontiguousarray(image)).digest(), sample)
+        if counts[1:IGNORE].sum() <= NEARLY_EMPTY * counts[:IGNORE].sum():
+            odd[f"masks with no foreground, or less than {NEARLY_EMPTY:.1%}"].append(sample.mask)
+        if config.name == "folder" and orientation(sample.image) != orientation(sample.mask):
+            odd["EXIF data turn image or mask, but not both; compare them on the sheet"].append(sample.image)
+        picture, drawn = (hashlib.sha256(np.ascontiguousarray(array)).digest() for array in (image, mask))
+        twin, other = digests.setdefault(picture, (sample, drawn))
         if twin.split != sample.split:
-            notes.append(f"note: {sample.image} ({sample.split}) is the same picture as {twin.image} ({twin.split})")
+            pair = f"{sample.image} ({sample.split}) = {twin.image} ({twin.split})"
+            odd["the same picture in two splits, which makes scores too good"].append(pair)
+        elif drawn != other:
+            odd["the same picture with two masks"].append(f"{sample.mask}, {twin.mask}")
+        if index in on_sheet:
+            shown[f"{sample.name} ({sample.split})"] = shrink(image, CELL), shrink(mask, CELL, is_mask=True)
     make_folder(output)
     paths = {split: output / f"{config.name}_{split}.csv" for split in SPLITS}
     for split, path in paths.items():
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(vars(sample) for sample in samples if sample.split == split)
+        for sample in samples:
+            if sample.split == split:
+                files = {name: _listed(vars(sample)[name], output) for name in COLUMNS[:3]}
+                writer.writerow(vars(sample) | files)
         write_whole(path, table.getvalue())
+    meaning, found = samples[0].meaning, np.flatnonzero(pixels[:IGNORE]).tolist()
+    known = set(meaning.values()) - {IGNORE} if isinstance(meaning, dict) else set()
+    names = class_names(config, 1 + max({0, *found, *known}))
+    paths["sheet"] = output / f"{config.name}_sheet.png"
+    drawings = [overlay(image, mask, len(names)) for image, mask in shown.values()]
+    write_whole(paths["sheet"], to_png(contact_sheet(drawings, list(shown), names)))
+    notes = [f"note: {what}: {_some(files)}" for what, files in odd.items()]
     notes.append(f"written: {', '.join(map(str, paths.values()))}")
-    return "\n".join([*_describe(config, samples, pixels, sizes), *notes])
+    return "\n".join([*_describe(config, samples, names, pixels, sizes), *notes, *_next(config, len(names))])
 
 
-def _describe(config: DataConfig, samples: list[Sample], pixels: np.ndarray, sizes: Counter) -> list[str]:
+def _listed(path: str | None, folder: Path) -> str | None:
+    """A file as a list in `folder` names it: from there if it lies below, so that both can be moved together."""
+    full, home = os.path.abspath(path or ""), os.path.abspath(folder)
+    return os.path.relpath(full, home) if path and Path(full).is_relative_to(home) else path
+
+
+def _some(items: list[str], count: int = 3) -> str:
+    return "; ".join(items[:count]) + (f"; and {len(items) - count} more" if len(items) > count else "")
+
+
+def _next(config: DataConfig, num_classes: int) -> list[str]:
+    """The command that trains on a folder of one's own."""
+    changed = {name: value for name, value in vars(config).items() if value != getattr(DataConfig, name)}
+    flags = [f"--data.{name} {shlex.quote(str(value))}" for name, value in changed.items() if name != "palette"]
+    if config.palette:
+        flags.append(f"--data.palette {shlex.quote(json.dumps(config.palette))}")
+    flags += [f"--model.num_classes {num_classes}"] if num_classes > 2 else []
+    return [f"next: python -m unet_helpers train {' '.join(flags)}"] if config.name == "folder" else []
+
+
+def _describe(
+    config: DataConfig, samples: list[Sample], names: list[str], pixels: np.ndarray, sizes: Counter
+) -> list[str]:
     scored, found = max(1, pixels[:IGNORE].sum()), np.flatnonzero(pixels[:IGNORE])
-    names = class_names(config, 1 + int(found.max(initial=0)))
     shares = [f"{names[value]} {pixels[value] / scored:.1%}" for value in found]
     meaning = samples[0].meaning
-    if isinstance(meaning, dict):
+    if config.name == "folder" and is_coloured(meaning):
+        meaning = "colours, " + ", ".join(f"#{colour:06x} = class {index}" for colour, index in meaning.items())
+    elif isinstance(meaning, dict):
         form, style = ("colours", "#{:06x}") if is_coloured(meaning) else ("labels", "{}")
         void = ", ".join(style.format(value) for value, index in meaning.items() if index == IGNORE)
         meaning = f"{len(set(meaning.values()) - {IGNORE})} classes from the set's own {form}; {void} ignored"
@@ -90,6 +144,8 @@ def _describe(config: DataConfig, samples: list[Sample], pixels: np.ndarray, siz
         *(f"{split}: {len(names)} images in {len(set(names))} groups" for split, names in groups.items()),
     ]
     whole = {"carvana": 5088, "camvid": 701, "nyuv2-13": 1449, "nyuv2-40": 1449}.get(config.name, len(samples))
+    if rare := [f"{names[value]} ({pixels[value]} pixels)" for value in found if pixels[value] < RARE * scored]:
+        lines.append(f"note: classes that hardly occur, perhaps by a slip of the brush: {_some(rare)}")
     if len(samples) < whole:
         lines.append(f"note: these are {len(samples)} of the {whole} images of the set")
     sides = Counter(group for names in groups.values() for group in set(names))

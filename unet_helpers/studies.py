@@ -24,7 +24,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line
-from unet_helpers.datasets import TrainingPatches, WholeImages, decode
+from unet_helpers.datasets import TrainingPatches, WholeImages, decode, settle
 from unet_helpers.evaluation import samples_of, score_images
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import mean_dice
@@ -130,7 +130,8 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
 
 def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool) -> Path:
     """The folder of a finished run, trained now if need be, after that which it starts from."""
-    run, config = study / "runs" / f"{arm.name}-{seed}", replace(arm.config, seed=seed)
+    run = study / "runs" / f"{arm.name}-{seed}"
+    config = replace(arm.config, seed=seed, data=settle(arm.config.data))
     if arm.starts_from:
         origin = make_run(study, arms, arms[arm.starts_from], seed, quiet)
         config = replace(config, model=replace(config.model, weights=str(origin / "model.safetensors")))

@@ -12,6 +12,7 @@ import math
 import platform
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from unet_helpers.config import Config, RunError, UserError, check_config
-from unet_helpers.datasets import TrainingPatches, WholeImages
+from unet_helpers.config import IGNORE, Config, RunError, UserError, check_config
+from unet_helpers.datasets import TrainingPatches, WholeImages, settle
 from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
@@ -43,6 +44,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     number or if memory or disk is full.
     """
     check_config(config)
+    config = replace(config, data=settle(config.data))
     run, settings = Path(run), config.training
     accelerator = make_accelerator(config, run)
     main, device, processes = accelerator.is_main_process, accelerator.device, accelerator.num_processes
@@ -50,8 +52,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         raise UserError(f"training.batch_size is {settings.batch_size}: {processes} processes cannot share it evenly.")
     patches = TrainingPatches(samples_of(config, "train"), config, quiet)
     validation = WholeImages(samples_of(config, "val"), config, native=False)
-    for index in range(len(validation)):
-        validation[index]  # a file that cannot be used is found now, and not after the first epoch
+    scored = [bool((mask != IGNORE).any()) for _, mask, _ in validation]  # finds damaged files before the first epoch
+    if not any(scored):
+        problem = "this and all other validation masks hold nothing but 255, which is not scored"
+        raise UserError(f"{validation.samples[0].mask}: {problem}: mend them, or change data.split_seed.")
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)

@@ -54,7 +54,7 @@ def test_drive_is_fetched_once_checked_and_listed(tmp_path, monkeypatch):
         for line in lines:
             assert list(line) == ["image", "mask", "field_of_view", "group", "split"]
             assert line["split"] == split
-            assert all(Path(line[column]).is_file() for column in ("image", "mask", "field_of_view"))
+            assert all((root / line[column]).is_file() for column in ("image", "mask", "field_of_view"))
     groups = [{line["group"] for line in lines} for lines in listed.values()]
     assert len(set.union(*groups)) == 40
 
