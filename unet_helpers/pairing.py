@@ -26,6 +26,7 @@ SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing":
 IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
+A_MASK = rf"(?:manual|{MASK_WORDS})\d*"  # a part of a file's name
 NOTHING = "$^"  # matches no word
 SHEETS = {f"{name}_sheet.png" for name in get_args(get_type_hints(DataConfig)["name"])}  # drawn by `prepare`
 LIST = "pairs.csv"  # at the top of a folder: says what belongs together
@@ -75,7 +76,7 @@ def read_folder(root: Path) -> list[Pair]:
     for place, (images, masks) in sorted(places.items()):
         images, masks = sorted(images), sorted(masks)
         if not masks:  # perhaps side by side in one folder
-            masks = [path for path in images if _tokens(path, MASK_WORDS) != _tokens(path, NOTHING)]
+            masks = [path for path in images if any(re.fullmatch(A_MASK, word) for word in _words(path))]
             images = [path for path in images if path not in masks]
         matched = pair_by_name(images, masks)
         if unused := set(masks) - set(matched.values()):
@@ -180,12 +181,15 @@ def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path
 
 def _tokens(path: Path, words: str) -> tuple[str, ...]:
     """The parts of a file's stem without those that only say what kind of file it is; numbers stay (`mask01`: 01)."""
-    stem = unicodedata.normalize("NFC", path.stem)  # a Mac may write ü as u and two dots
     if words == NOTHING:
-        return (stem,)
-    tokens = re.split(r"[-_.\s()]+", stem.lower())
-    tokens = [re.sub(rf"^(?:manual\d*$|(?:{words})(?=\d*$))", "", token) for token in tokens]
+        return (unicodedata.normalize("NFC", path.stem),)
+    tokens = [re.sub(rf"^(?:manual\d*$|(?:{words})(?=\d*$))", "", token) for token in _words(path)]
     return tuple(token for token in tokens if token)
+
+
+def _words(path: Path) -> list[str]:
+    """The parts of a file's stem, in the Unicode form NFC: a Mac may write ü as u and two dots."""
+    return re.split(r"[-_.\s()]+", unicodedata.normalize("NFC", path.stem.lower()))
 
 
 # ---- groups

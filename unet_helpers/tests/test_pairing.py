@@ -74,6 +74,7 @@ def test_ambiguous_and_missing_masks_are_named():
         ("deep/down/JPEGImages/a.jpg", "deep/down/SegmentationClass/a.png"),
         ("photos/a.jpg", "ground_truth/a.png"),
         ("a.jpg", "a_mask.png"),
+        ("scan 1_left.jpg", "scan 1_left_mask.png"),
         ("imgs/sub/a.jpg", "masks/sub/a.png"),
         ("a/image.png", "a/mask.png"),
     ],
