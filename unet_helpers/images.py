@@ -194,11 +194,9 @@ def find_palette(masks: Iterable[Path]) -> Colours:
             break
     if len(pixels) > MAX_COLOURS or (len(pixels) > 16 and 2 * rare > held.total()):
         (path, count), *_ = held.most_common()
-        reason = "smoothed edges and masks once saved as JPEG look like this"
-        remedy = "export them again without smoothing, as PNG, or list the colours that are classes in data.palette"
-        raise UserError(
-            f"{path}: holds {count} of {len(pixels)} or more colours, too many for classes; {reason}: {remedy}"
-        )
+        problem = f"holds {count} colours, and all masks {len(pixels)} or more: smoothed edges or JPEG make so many"
+        remedy = "export the masks again without them, as PNG, or list the colours that are classes in data.palette"
+        raise UserError(f"{path}: {problem}: {remedy}")
     first = 0 if 0 in pixels else min(pixels, key=lambda colour: (-pixels[colour], colour))
     ordered = sorted(pixels, key=lambda colour: (colour != first, colour))
     return Colours({colour: index for index, colour in enumerate(ordered)})

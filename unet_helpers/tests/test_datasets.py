@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from unet_helpers import datasets
 from unet_helpers.catalogue import find_drive
 from unet_helpers.config import IGNORE, AugmentationConfig, Config, DataConfig, ModelConfig, UserError
-from unet_helpers.datasets import TrainingPatches, WholeImages, find_samples, load_sample
+from unet_helpers.datasets import TrainingPatches, WholeImages, find_samples, load_sample, settle
 from unet_helpers.images import field_of_view, normalise
 from unet_helpers.sample_data import make_retina
 
@@ -367,3 +367,68 @@ def test_a_cached_file_that_holds_something_else_is_made_anew(cached, monkeypatc
         np.save(path, np.zeros(7))
     again = TrainingPatches(samples, config).decoded
     assert all((one == other[0]).all() for one, other in zip(expected, again, strict=True))
+
+
+# ---- masks in colours
+
+PAINT = np.array([(0, 0, 0), (0, 0, 255), (0, 200, 0)], np.uint8)  # in the order of their values
+
+
+def test_one_mask_in_colours_makes_all_of_them_colours(tmp_path):
+    masks = masks_of(0, 1, 2, count=5)
+    config = folder(tmp_path, {name: PAINT[mask] for name, mask in masks.items()} | {"q": np.zeros((20, 30), np.uint8)})
+    for sample in find_samples(config.data):
+        np.testing.assert_array_equal(load_sample(sample)[1], 0 if sample.name == "q" else masks[sample.name])
+    settled = settle(config.data)
+    assert (settled.mask_values, settled.palette) == ("colours", ("#000000", "#0000ff", "#00c800"))
+    assert settle(settled) == settled
+
+
+def test_indices_count_unless_palettes_disagree(tmp_path):
+    masks = masks_of(0, 1, 2, count=6)
+    config = folder(tmp_path, masks)
+
+    def paint(name: str, order: list[int]) -> None:
+        picture = Image.fromarray(np.argsort(order).astype(np.uint8)[masks[name]])
+        picture.putpalette(PAINT[order].tobytes())
+        picture.save(tmp_path / "masks" / f"{name}_mask.png")
+
+    for name in masks:
+        paint(name, [0, 1, 2])
+    assert find_samples(config.data)[0].meaning == "classes"
+    paint("p5", [0, 2, 1])  # as programs that number the colours of each file by themselves do
+    for sample in find_samples(config.data):
+        picture = np.array(Image.open(sample.mask).convert("RGB"))
+        np.testing.assert_array_equal(PAINT[load_sample(sample)[1]], picture)
+
+
+def test_a_run_remembers_the_palette_and_other_masks_are_not_numbered_anew(tmp_path):
+    config = folder(tmp_path / "all", {name: PAINT[mask] for name, mask in masks_of(0, 1, 2).items()})
+    settled = settle(config.data)
+    fewer = folder(tmp_path / "fewer", {f"p{n}": PAINT[2 * np.eye(20, 30, dtype=np.uint8)] for n in range(5)})
+    alone = load_sample(find_samples(fewer.data)[0])[1]
+    known = load_sample(find_samples(dataclasses.replace(settled, root=fewer.data.root))[0])[1]
+    assert (set(np.unique(alone)), set(np.unique(known))) == ({0, 1}, {0, 2})
+    stray = folder(tmp_path / "stray", {f"p{n}": np.full((20, 30, 3), (1, 2, 3), np.uint8) for n in range(5)})
+    with pytest.raises(UserError, match=r"p\d_mask\.png.*#010203"):
+        load_sample(find_samples(dataclasses.replace(settled, root=stray.data.root))[0])
+    plain = folder(tmp_path / "plain", masks_of(0, 1, 2, 255))
+    assert settle(plain.data).mask_values == "classes"
+    assert settle(plain.data).palette is None
+    assert settle(SAMPLE.data) == SAMPLE.data
+
+
+def test_a_mask_in_another_orientation_than_its_image_says_so(tmp_path):
+    config = folder(tmp_path, masks_of(0, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for sample in find_samples(config.data):
+        if sample.name == "p0":
+            image, mask = (Image.open(path).copy() for path in (sample.image, sample.mask))
+            image.save(sample.image, exif=exif)
+            with pytest.raises(UserError, match=r"p0_mask\.png.*30×20.*20×30.*EXIF"):
+                load_sample(sample)
+            mask.save(sample.mask, exif=exif)
+            both = load_sample(sample)
+            np.testing.assert_array_equal(both[0], np.rot90(np.array(image), -1))
+            np.testing.assert_array_equal(both[1], np.rot90(np.array(mask), -1))

@@ -13,12 +13,15 @@ from unet_helpers.config import UserError
 from unet_helpers.images import (
     decode_mask,
     field_of_view,
+    find_palette,
+    is_coloured,
     list_images,
     mask_meaning,
     normalise,
     read_image,
     read_mask_values,
     statistics_inside,
+    survey_mask,
 )
 from unet_helpers.sample_data import make_retina
 
@@ -271,3 +274,74 @@ def test_no_pixel_inside_the_field_of_view_is_normalised_to_exactly_what_stands_
     view = np.ones((20, 20), bool)
     view[:, 0] = False
     np.testing.assert_array_equal((normalise(toy, view) == 0).all(2), ~view)
+
+
+# ---- masks in colours
+
+
+def test_a_palette_is_black_or_the_most_frequent_colour_and_then_by_value(tmp_path):
+    red, green, white = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+    colours = np.array([white, white, red], np.uint8)[None]
+    one = save(tmp_path / "1.png", colours)
+    two = save(tmp_path / "2.png", np.array([[red, green, white, white]], np.uint8))
+    assert find_palette([one, two]) == {0xFFFFFF: 0, 0x00FF00: 1, 0xFF0000: 2}
+    three = save(tmp_path / "3.png", np.array([[(0, 0, 0), green]], np.uint8))
+    found = find_palette([one, two, three])
+    assert found == {0x000000: 0, 0x00FF00: 1, 0xFF0000: 2, 0xFFFFFF: 3}
+    np.testing.assert_array_equal(decode_mask(read_mask_values(one, colours=True), found), [[3, 3, 2]])
+    assert is_coloured(find_palette([three]))  # though no colour has any red
+
+
+def test_palette_grey_and_transparent_pictures_are_read_by_their_colours(tmp_path):
+    picture = Image.fromarray(MASK)
+    picture.putpalette([9, 8, 7, 0, 0, 255])
+    picture.save(tmp_path / "p.png")
+    picture.save(tmp_path / "p.gif")
+    for name in ("p.png", "p.gif"):
+        np.testing.assert_array_equal(read_mask_values(tmp_path / name, colours=True), np.array([0x090807, 255])[MASK])
+        assert survey_mask(tmp_path / name) == ({0, 1}, {0: 0x090807, 1: 255})
+    grey = save(tmp_path / "g.png", MASK * 128)
+    assert set(np.unique(read_mask_values(grey, colours=True))) == {0, 0x808080}
+    assert survey_mask(grey) == ({0, 128}, {})
+    alpha = save(tmp_path / "a.png", np.full((2, 2, 4), (1, 2, 3, 0), np.uint8))
+    assert (read_mask_values(alpha, colours=True) == 0x010203).all()
+    deep = save(tmp_path / "d.png", MASK.astype(np.uint16) * 300)
+    with pytest.raises(UserError, match=r"d\.png.*8 bits"):
+        read_mask_values(deep, colours=True)
+    cv2.imwrite(str(tmp_path / "e.png"), np.dstack([MASK] * 3).astype(np.uint16))
+    with pytest.raises(UserError, match=r"e\.png.*16 bits"):
+        read_mask_values(tmp_path / "e.png")
+
+
+def test_smoothed_and_jpeg_like_masks_hold_too_many_colours(tmp_path):
+    sharp = np.zeros((96, 96, 3), np.uint8)
+    sharp[20:70, 30:60] = (255, 0, 0)
+    plain = save(tmp_path / "sharp.png", sharp)
+    smooth = Image.fromarray(sharp).rotate(17, Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "smooth.png")
+    assert 16 < len(np.unique(np.array(smooth).reshape(-1, 3), axis=0)) < 254
+    with pytest.raises(UserError, match=r"smooth\.png.*colours.*data\.palette"):
+        find_palette([plain, tmp_path / "smooth.png"])
+    photo = save(tmp_path / "photo.png", RNG.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"photo\.png.*9\d\d\d colours"):
+        find_palette([plain, photo])
+
+
+def test_many_real_classes_some_of_them_small_are_no_smoothed_edges(tmp_path):
+    colours = RNG.integers(0, 256, (254, 3), dtype=np.uint8)
+    mask = np.zeros((100, 100), np.uint8)
+    mask[:80] = np.arange(80).repeat(100).reshape(80, 100) % 40
+    paths = []
+    for number in range(7):  # 40 or so classes an image, and five of only a pixel or two
+        mask[90, :5] = 249 + np.arange(5)
+        paths.append(save(tmp_path / f"{number}.png", colours[np.where(mask < 200, mask + 40 * (number % 6), mask)]))
+    assert 200 < len(find_palette(paths)) <= 254
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bit_masks_hold_indices_or_full_scale(tmp_path, ending):
+    indices = read_mask_values(save(tmp_path / f"i.{ending}", MASK.astype(np.uint16) * 2))
+    np.testing.assert_array_equal(decode_mask(indices, "classes"), MASK * 2)
+    full = read_mask_values(save(tmp_path / f"f.{ending}", MASK.astype(np.uint16) * 65535))
+    assert mask_meaning(set(np.unique(full))) == "binary"
+    np.testing.assert_array_equal(decode_mask(full, "binary"), MASK)

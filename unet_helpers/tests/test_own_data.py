@@ -1,6 +1,7 @@
 """From a folder that nobody has seen before to predictions in four commands, for five layouts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 from unet_helpers.__main__ import main
-from unet_helpers.config import load_config
+from unet_helpers.config import DataConfig, load_config
+from unet_helpers.evaluation import evaluate
+from unet_helpers.prediction import predict
+from unet_helpers.training import train
 
 COLOURS = np.array([[0, 0, 0], [0, 128, 0], [255, 0, 0], [0, 0, 64]], np.uint8)  # of all below the largest is 0x00ffff
 QUICK = [
@@ -108,3 +112,23 @@ def test_four_commands_lead_to_predictions_that_are_masks(tmp_path, capsys, layo
         assert main(["evaluate", run, "--data-root", str(again), "--split", split, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["dice"] == 1
     assert load_config(tmp_path / "run" / "config.yaml").data.mask_values != "auto"
+
+
+def test_images_of_any_mixture_of_sizes_train_and_are_scored(tmp_path, small_config):
+    sizes = [(1, 40), (40, 1), (1, 1), (7, 100), (48, 48), (33, 17), (130, 60), (2, 2), (5, 31)]
+    rng = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for number, (height, width) in enumerate(sizes):
+            for kind in ("images", "masks"):
+                (tmp_path / "set" / split / kind).mkdir(parents=True, exist_ok=True)
+            mask = rng.integers(0, 3, (height, width), dtype=np.uint8)
+            image = (80 * mask[..., None] + rng.integers(0, 20, (height, width, 3))).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{number}.png")
+            Image.fromarray(mask).save(tmp_path / "set" / split / "masks" / f"{number}.png")
+    config = replace(small_config, data=DataConfig("folder", str(tmp_path / "set")))
+    config = replace(config, model=replace(config.model, num_classes=3))
+    metrics = train(config, tmp_path / "run", quiet=True)
+    assert 0 <= metrics["val"]["dice"] <= 1
+    assert evaluate(tmp_path / "run")["n_images"] == len(sizes)
+    masks = predict(tmp_path / "run", [tmp_path / "set/test/images"], tmp_path / "out", quiet=True)
+    assert [Image.open(path).size[::-1] for path in masks] == sizes

@@ -1,3 +1,6 @@
+import errno
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -239,3 +242,97 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     (root / "circle").symlink_to(root, target_is_directory=True)
     (root / "train" / "again").symlink_to(root / "train" / "images", target_is_directory=True)
     assert [pair.split for pair in read_folder(root)] == ["test", "train"]
+
+
+# ---- lists
+
+
+def write_list(root: Path, text: str, *names: str, encoding="utf-8") -> Path:
+    touch(root, *names)
+    (root / "pairs.csv").write_bytes(text.encode(encoding))
+    return root / "pairs.csv"
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+def test_a_list_says_what_belongs_together(tmp_path, mark, encoding, end):
+    lines = [
+        ("Image", "mask ", "split", "group", "remark"),
+        ("a/x.png", "b/7.png", "Training", "eye 1", ""),
+        ("a/y.png", "./b/../b/8.png", "", "", "blurred"),
+    ]
+    text = end.join(mark.join(line) for line in lines) + end
+    path = write_list(tmp_path, text, "a/x.png", "a/y.png", "b/7.png", "b/8.png", "a/unused.png", encoding=encoding)
+    pairs = read_folder(path)
+    assert [(pair.image, pair.mask) for pair in pairs] == [
+        (tmp_path / "a/x.png", tmp_path / "b/7.png"),
+        (tmp_path / "a/y.png", tmp_path / "b/8.png"),
+    ]
+    assert [(pair.split, pair.group, pair.folders) for pair in pairs] == [("train", "eye 1", ("a",)), ("", "", ("a",))]
+    assert groups_by_name(pairs, DataConfig.group_pattern) == ["eye 1", "a/y"]
+    assert read_folder(tmp_path) == pairs  # a list called pairs.csv need not be named
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("image,mask\n../x.png,m.png\n", r"pairs\.csv line 2.*\.\./x\.png lies outside"),
+        ("image,mask\na.png,/etc/passwd\n", r"line 2.*/etc/passwd lies outside"),
+        ("image,mask\na.png,sub/../../set2/m.png\n", r"line 2.*lies outside"),
+        ("image,mask\na.png,m.png\nb.png,n.png\n", r"line 3.*no file `b\.png`"),
+        ("image,mask\na.png\n", r"line 2.*no file ``"),
+        ("image,mask\na.png,m.png\na.png,m.png\n", r"line 3.*a\.png is listed twice"),
+        ("image,mask,split\na.png,m.png,holdout\n", r"line 2.*no split `holdout`"),
+        ("image,mask\na.png,m,n.png\n", "line 2.*quotes"),
+        ("image,label\na.png,m.png\n", "column names"),
+        ("image,mask\n", "a line for each image"),
+        ("", "column names"),
+        ("image,mask\n\0,m.png\n", "line 2|cannot be read"),
+        (f"image,mask\n{'a' * 5000}.png,m.png\n", "line 2.*no file"),
+        (f"image,mask\n{'a' * 200_000}.png,m.png\n", "cannot be read as a list"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said_with_its_line(tmp_path, text, problem):
+    touch(tmp_path, "x.png", "set2/m.png")
+    path = write_list(tmp_path / "set", text, "a.png", "m.png", "sub/s.png")
+    with pytest.raises(UserError, match=problem) as caught:
+        read_folder(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_in_another_encoding_is_refused(tmp_path):
+    with pytest.raises(UserError, match="UTF-8"):
+        read_folder(write_list(tmp_path, "image,mask\nMüller.png,m.png\n", encoding="latin-1"))
+
+
+# ---- names
+
+
+def test_names_in_both_unicode_forms_belong_together(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, 'Müller\'s "ö" é') for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for image, mask in ((composed, decomposed), (decomposed, composed)):
+        assert pair_by_name([Path(f"{image}.jpg")], [Path(f"{mask}_mask.png")])
+        assert pair_by_name([Path(f"{image}.jpg")], [Path(f"{mask}.png")])
+        root = tmp_path / str(len(image))
+        write_list(root, f'image,mask\n"{mask.replace(chr(34), chr(34) * 2)}.png",m.png\n', f"{image}.png", "m.png")
+        assert read_folder(root)[0].image.is_file()
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    touch(tmp_path, "images/a.png", "masks/a.png", "images/more/b.png", "masks/more/b.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"more: this folder cannot be read \(Permission denied\)"):
+        read_folder(tmp_path)
+
+
+def test_the_sheet_that_prepare_draws_is_no_image_of_the_set(tmp_path):
+    touch(tmp_path, "a.png", "a_mask.png", "folder_sheet.png")
+    assert [pair.image.name for pair in read_folder(tmp_path)] == ["a.png"]

@@ -1,5 +1,6 @@
 import csv
 import os
+import shlex
 import sys
 import types
 from collections import Counter
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unet_helpers.__main__ import parse
 from unet_helpers.config import DataConfig, UserError
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.prepare import expand_offline, prepare
@@ -251,3 +253,103 @@ def test_what_is_particular_about_a_public_set_is_said(tmp_path):
     assert "cyclist 9.1%" in report
     with pytest.raises(UserError, match="accept the rules"):
         prepare(DataConfig("carvana", str(tmp_path / "nowhere")), tmp_path)
+
+
+# ---- what looks suspicious, and the sheet
+
+
+def note(report: str, words: str) -> str:
+    (line,) = [line for line in report.splitlines() if words in line]
+    return line
+
+
+def test_suspicious_files_are_named_in_one_line_a_kind(tmp_path):
+    config, root = write_folder(tmp_path / "set"), tmp_path / "set"
+    quiet = prepare(config, tmp_path / "out")
+    assert "note" not in quiet
+    for number in range(1, 6):
+        Image.fromarray(np.zeros((8, 9), np.uint8)).save(root / f"masks/{number}.png")
+    split_of = {sample.name: sample.split for sample in find_samples(config)}
+    train = [name for name, split in split_of.items() if split == "train"]
+    (test,) = [name for name, split in split_of.items() if split == "test"][:1]
+    one, two, three = train[:3]
+    (root / f"images/{two}.png").write_bytes((root / f"images/{one}.png").read_bytes())
+    (root / f"images/{test}.png").write_bytes((root / f"images/{three}.png").read_bytes())
+    drawn = np.array(Image.open(root / f"masks/{two}.png"))
+    drawn[-1, -1] = 1
+    Image.fromarray(drawn).save(root / f"masks/{two}.png")
+    report = prepare(config, tmp_path / "out")
+    empty = note(report, "no foreground")
+    assert empty.count(".png") == 3
+    assert empty.endswith(f"and {sum(1 for n in range(1, 6) if str(n) != two) - 3} more")
+    leak = note(report, "two splits")
+    assert f"{test}.png (test)" in leak
+    assert f"{three}.png (train)" in leak
+    assert f"{two}.png" in note(report, "two masks")
+
+
+def test_an_orientation_that_only_the_image_or_only_the_mask_has_is_pointed_out(tmp_path):
+    config, exif = write_folder(tmp_path / "set"), Image.Exif()
+    exif[0x0112] = 3  # upside down: the sizes agree
+    path = tmp_path / "set/images/4.png"
+    Image.open(path).copy().save(path, exif=exif)
+    assert "4.png" in note(prepare(config, tmp_path / "out"), "EXIF")
+    mask = tmp_path / "set/masks/4.png"
+    Image.open(mask).copy().save(mask, exif=exif)
+    assert "EXIF" not in prepare(config, tmp_path / "out")
+
+
+def test_the_palette_is_shown_and_stray_colours_are_pointed_out(tmp_path):
+    config = write_folder(tmp_path / "set")
+    for number in range(10):
+        mask = np.zeros((150, 80, 3), np.uint8)
+        mask[:50], mask[50:60] = (255, 0, 0), (0, 0, 255)
+        mask[0, 0] = (254, 0, 0) if number == 3 else mask[0, 0]
+        Image.fromarray(mask).save(tmp_path / f"set/masks/{number}.png")
+        Image.new("RGB", (80, 150), (number, 9, 9)).save(tmp_path / f"set/images/{number}.png")
+    report = prepare(config, tmp_path / "out")
+    colours = "colours, #000000 = class 0, #0000ff = class 1, #fe0000 = class 2, #ff0000 = class 3"
+    assert colours in note(report, "mask values")
+    assert "class 2 (1 pixels)" in note(report, "hardly occur")
+    assert note(report, "next: ").endswith("--model.num_classes 4")
+    config.palette, config.root = ("#000000", "#FE0000", "#FF0000", "#0000FF", "#00ff00"), config.root + "/x y/.."
+    (tmp_path / "set/x y").mkdir()
+    report = prepare(config, tmp_path / "out")
+    assert "#000000 = class 0, #fe0000 = class 1, #ff0000 = class 2" in report
+    words = shlex.split(note(report, "next: ").removeprefix("next: python -m unet_helpers "))
+    args = parse(words)["train"]
+    assert (args.data.root, args.data.palette, args.model.num_classes) == (config.root, config.palette, 5)
+
+
+def test_the_sheet_shows_a_dozen_images_under_their_masks(tmp_path):
+    config = write_folder(tmp_path / "set")
+    for number in range(10):
+        Image.new("RGB", (120, 60), (90, 90, 90)).save(tmp_path / f"set/images/{number}.png")
+        mask = np.zeros((60, 120), np.uint8)
+        mask[:, 60:] = 1
+        Image.fromarray(mask).save(tmp_path / f"set/masks/{number}.png")
+    prepare(config, tmp_path / "out")
+    sheet = np.array(Image.open(tmp_path / "out/folder_sheet.png")).astype(int)
+    orange = (np.abs(sheet - (213, 94, 0)).sum(2) < 10).sum()
+    tinted = (sheet == np.round(0.65 * 90 + 0.35 * np.array([213, 94, 0]))).all(2).sum()
+    assert tinted + orange == pytest.approx(10 * 120 * 120, rel=0.02)  # half of each, twice as large a side
+    assert (sheet == 90).all(2).sum() == pytest.approx(10 * 120 * 120, rel=0.02)
+
+
+def test_a_list_that_prepare_wrote_can_be_read_and_moved_with_its_files(tmp_path):
+    config = write_folder(tmp_path / "set")
+    prepare(config, tmp_path / "set")
+    lines = rows(tmp_path / "set/folder_train.csv")
+    assert {line["image"].split(os.sep)[0] for line in lines} == {"images"}
+    (tmp_path / "set").rename(tmp_path / "moved")
+    samples = find_samples(DataConfig("folder", str(tmp_path / "moved/folder_train.csv")))
+    assert sorted(Path(sample.image).stem for sample in samples) == sorted(Path(line["image"]).stem for line in lines)
+    assert {sample.group for sample in samples} == {line["group"] for line in lines}
+    every = (tmp_path / f"moved/folder_{split}.csv" for split in ("train", "val", "test"))
+    text = [line for number, path in enumerate(every) for line in path.read_text().splitlines()[number > 0 :]]
+    (tmp_path / "moved/pairs.csv").write_text("\n".join(text))
+    samples = find_samples(DataConfig("folder", str(tmp_path / "moved")))
+    assert Counter(sample.split for sample in samples) == {"train": 6, "val": 2, "test": 2}
+    assert {
+        sample.split for sample in samples if Path(sample.image).stem in {Path(x["image"]).stem for x in lines}
+    } == {"train"}

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
 from unet_helpers import training
-from unet_helpers.config import AugmentationConfig, ModelConfig, RunError, UserError, dump_config
+from unet_helpers.config import AugmentationConfig, DataConfig, ModelConfig, RunError, UserError, dump_config
 from unet_helpers.model import build_model
 from unet_helpers.runs import PUBLISHED, load_run, load_state, read_history
 from unet_helpers.training import learning_rate, shared_batches, train
@@ -435,3 +436,17 @@ def test_a_run_without_a_gradient_scaler_resumes_with_one(small_config, tmp_path
     scaler = torch.amp.GradScaler("cpu")
     assert load_state(tmp_path / "run", network, average, torch.optim.AdamW(network.parameters()), scaler).epoch == 2
     assert scaler.get_scale() == 65536
+
+
+def test_validation_masks_without_a_scored_pixel_are_refused_before_training(tmp_path, small_config):
+    for split in ("train", "val", "test"):
+        for number in range(3):
+            for kind in ("images", "masks"):
+                (tmp_path / "set" / split / kind).mkdir(parents=True, exist_ok=True)
+            mask = np.full((40, 40), 255, np.uint8) if split == "val" else np.eye(40, dtype=np.uint8)
+            Image.fromarray(mask).save(tmp_path / "set" / split / "masks" / f"{number}.png")
+            Image.new("RGB", (40, 40), (number, 99, 9)).save(tmp_path / "set" / split / "images" / f"{number}.png")
+    data = DataConfig("folder", str(tmp_path / "set"), mask_values="classes")
+    with pytest.raises(UserError, match=r"val.masks.0\.png.*nothing but 255"):
+        train(replace(small_config, data=data), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
