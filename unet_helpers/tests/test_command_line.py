@@ -82,7 +82,8 @@ def test_prepare_reports_and_writes_lists(tmp_path, capsys, folder):
     arguments = ["--data-root", str(folder), "--output", str(tmp_path / "lists")]
     offline = ["--offline", str(tmp_path / "offline")]
     assert main(["prepare", "folder", *arguments, *offline]) == 0
-    assert sorted(os.listdir(tmp_path / "lists")) == [f"folder_{split}.csv" for split in ("test", "train", "val")]
+    written = ["folder_sheet.png", "folder_test.csv", "folder_train.csv", "folder_val.csv"]
+    assert sorted(os.listdir(tmp_path / "lists")) == written
     assert len(os.listdir(tmp_path / "offline" / "train" / "image")) == 20
     assert "6 images" in capsys.readouterr().out
 
