@@ -35,7 +35,7 @@ class DataConfig:
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
         mask_values: for `folder`: `binary` (not 0: foreground), `classes` (indices, 255: ignore), `colours` (each a
             class), `auto`: found out, and written into the run's config.yaml.
-        palette: for `folder`: the colours of the masks, `#rrggbb`, in the order of the classes; null: as mask_values.
+        palette: for `folder`: the colours of the masks, `#rrggbb`, in the order of the classes; null: found out.
         group_pattern: for `folder`: regular expression; stems of equal first group (default: up to `__`) stay together.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
         normalisation: `image` by each image's own mean and deviation, `imagenet` by ImageNet's, `none` to 0..1.
@@ -189,13 +189,6 @@ class Config:
 
 SECTIONS = {"data": DataConfig, "augmentation": AugmentationConfig, "model": ModelConfig, "training": TrainingConfig}
 
-
-def is_palette(colours: tuple[str, ...]) -> bool:
-    """Whether these are colours of the form `#rrggbb`, no two the same."""
-    right = all(re.fullmatch("#[0-9a-fA-F]{6}", colour) for colour in colours)
-    return right and 1 <= len(colours) == len({colour.lower() for colour in colours}) <= 254
-
-
 # What types cannot express: settings, when a value x of theirs is right, and how to say so.
 RULES = [
     ("training.epochs training.batch_size", lambda x: x >= 1, "at least 1"),
@@ -216,7 +209,8 @@ RULES = [
     ("training.learning_rate", lambda x: 0 < x < math.inf, "a positive number"),
     ("training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null for one pass over the images"),
     ("data.root", bool, "a folder"),
-    ("data.palette", is_palette, "1 to 254 different colours of the form '#rrggbb', or null"),
+    ("data.palette", lambda x: re.fullmatch("(#[0-9a-f]{6} )+", " ".join([*x, ""])), "like '#00ff7f', or null"),
+    ("data.palette", lambda x: len(set(x)) == len(x) <= 254, "at most 254 colours, each once, or null"),
     ("data.folds", lambda x: x == 0 or x >= 2, "0 (one split) or at least 2"),
     ("data.sample_images", lambda x: min(x) >= 1, "three numbers of at least 1"),
     ("data.sample_size", lambda x: x >= 32, "at least 32 pixels"),
@@ -241,10 +235,6 @@ def check_config(config: Config) -> None:
             need("null" in rule if value is None else is_right(value), setting, value, rule)
     folds, fold = config.data.folds, config.data.fold
     need(folds == 0 or 0 <= fold < folds, "data.fold", fold, f"from 0 to {folds - 1}, as data.folds is {folds}")
-    palette, values = config.data.palette, config.data.mask_values
-    need(
-        not palette or values in ("auto", "colours"), "data.mask_values", values, "colours, as data.palette lists them"
-    )
     weights, count = config.training.class_weights, max(2, config.model.num_classes)
     right = weights is None or (len(weights) == count and min(weights) >= 0 and 0 < sum(weights) < math.inf)
     need(right, "training.class_weights", weights, f"{count} numbers of at least 0, not all 0, or null")

@@ -87,16 +87,12 @@ def wanted_meaning(config: DataConfig) -> images.Meaning | str:
 
 
 def settle(config: DataConfig) -> DataConfig:
-    """The settings with what was found in the masks of a folder in place of `auto`, for a run to remember.
-
-    Otherwise other masks, some with fewer colours, say, would be taken to mean something else.
-    """
+    """The settings with what `auto` finds in a folder's masks, lest a run take others to mean something else."""
     if config.name != "folder":
         return config
     meaning = find_samples(config)[0].meaning
-    if not images.is_coloured(meaning):
-        return replace(config, mask_values=meaning)
-    return replace(config, mask_values="colours", palette=tuple(f"#{colour:06x}" for colour in meaning))
+    palette = tuple(f"#{colour:06x}" for colour in meaning) if images.is_coloured(meaning) else None
+    return replace(config, mask_values="colours" if palette else meaning, palette=palette)
 
 
 def find_meaning(masks: Sequence[Path], wanted: images.Meaning | str = "auto") -> images.Meaning:
@@ -105,19 +101,16 @@ def find_meaning(masks: Sequence[Path], wanted: images.Meaning | str = "auto") -
     They are `colours` if any mask is in true colours, or if palettes disagree, so that their indices mean nothing. An
     error names the mask with the strangest values.
     """
-    if wanted not in ("auto", "colours"):
-        return wanted
-    values, colour_of, agree = {}, {}, wanted == "auto"
-    for path in masks if agree else ():
+    if wanted != "auto":
+        return images.find_palette(masks) if wanted == "colours" else wanted
+    values, colour_of = {}, {}
+    for path in masks:
         try:
             values[path], palette = images.survey_mask(path)
         except images.InColours:
-            palette, agree = {}, False
-        agree = agree and all(colour_of.setdefault(*item) == item[1] for item in palette.items())
-        if not agree:
-            break
-    if not agree:
-        return images.find_palette(masks)
+            return images.find_palette(masks)
+        if any(colour_of.setdefault(*item) != item[1] for item in palette.items()):
+            return images.find_palette(masks)
     found = set().union(*values.values())
     if found == {0, 1, IGNORE} and not any({1, IGNORE} <= held for held in values.values()):
         odd = next(path for path in masks if IGNORE in values[path])

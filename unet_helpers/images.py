@@ -103,36 +103,13 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     they please. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives one channel. `UserError` for a GIF whose greys
     were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and `InColours` for true colours without `colours`.
     """
-    picture, form = _open_mask(path)
-    if not colours:
-        return _numbers(path, picture, form)
-    if picture.mode in DEEP_MODES:
-        raise UserError(f"{path}: holds numbers of more than 8 bits, others hold colours: save all masks alike, as PNG")
-    return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-
-
-def survey_mask(path: str | Path) -> tuple[set[int], dict[int, int]]:
-    """The numbers in a mask file and, of a palette picture that is not all grey, the colour of each, 0xRRGGBB."""
-    picture, form = _open_mask(path)
-    numbers = set(np.flatnonzero(np.bincount(_numbers(path, picture, form).ravel())).tolist())
-    if picture.mode != "P":
-        return numbers, {}
-    palette = np.array([*picture.getpalette("RGB"), *[0] * 768][:768]).reshape(256, 3)
-    used = {index: palette[index] for _, index in picture.getcolors(256)}
-    grey = all(np.ptp(colour) == 0 for colour in used.values())
-    return numbers, {} if grey else {index: int(colour @ [1 << 16, 1 << 8, 1]) for index, colour in used.items()}
-
-
-def _open_mask(path: str | Path) -> tuple[Image.Image, str]:
     picture, form, is_deep = _open(path)
     if form in ("JPEG", "MPO", "JPEG2000"):
         raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
-    if is_deep:
-        raise UserError(f"{path}: a mask with 16 bits for each of several channels: save it with 8 bits a channel")
-    return picture, form
-
-
-def _numbers(path: str | Path, picture: Image.Image, form: str) -> np.ndarray:
+    if is_deep or (colours and picture.mode in DEEP_MODES):
+        raise UserError(f"{path}: a mask in colours must have 8 bits a channel, not 16: save it again, as PNG")
+    if colours:
+        return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
         colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
@@ -145,14 +122,23 @@ def _numbers(path: str | Path, picture: Image.Image, form: str) -> np.ndarray:
     if values.ndim == 3:
         colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
         if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
-            remedy = "set data.mask_values to colours, or save one channel of class indices, as PNG"
-            raise InColours(f"{path}: a mask in colours ({picture.mode}): {remedy}")
+            raise InColours(f"{path}: a mask in colours ({picture.mode}): save class indices, or set data.mask_values")
         values = np.ascontiguousarray(colours[..., 0])
     if values.dtype != np.uint8:
         if not ((values >= 0) & (values < 2**16) & (values == np.round(values))).all():
             raise UserError(f"{path}: mask values must be whole numbers from 0 to 65535: save class indices, as PNG")
         values = values.astype(np.uint16)
     return values
+
+
+def survey_mask(path: str | Path) -> tuple[set[int], dict[int, tuple]]:
+    """The numbers in a mask file and, of a palette picture that is not all grey, the colour of each."""
+    numbers, used = set(np.flatnonzero(np.bincount(read_mask_values(path).ravel())).tolist()), {}
+    with Image.open(path) as picture:
+        if picture.mode == "P":
+            palette = picture.getpalette("RGB")
+            used = {index: tuple(palette[3 * index : 3 * index + 3]) for _, index in picture.getcolors(256)}
+    return numbers, {} if all(len(set(colour)) == 1 for colour in used.values()) else used
 
 
 def mask_meaning(values: Iterable[int]) -> Meaning:
@@ -198,8 +184,7 @@ def find_palette(masks: Iterable[Path]) -> Colours:
         remedy = "export the masks again without them, as PNG, or list the colours that are classes in data.palette"
         raise UserError(f"{path}: {problem}: {remedy}")
     first = 0 if 0 in pixels else min(pixels, key=lambda colour: (-pixels[colour], colour))
-    ordered = sorted(pixels, key=lambda colour: (colour != first, colour))
-    return Colours({colour: index for index, colour in enumerate(ordered)})
+    return Colours({colour: n for n, colour in enumerate(sorted(pixels, key=lambda one: (one != first, one)))})
 
 
 def is_coloured(meaning: Meaning) -> bool:

@@ -26,7 +26,6 @@ SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing":
 IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
-A_MASK = rf"(?:manual|{MASK_WORDS})\d*"  # a part of a file's name
 NOTHING = "$^"  # matches no word
 SHEETS = {f"{name}_sheet.png" for name in get_args(get_type_hints(DataConfig)["name"])}  # drawn by `prepare`
 LIST = "pairs.csv"  # at the top of a folder: says what belongs together
@@ -56,8 +55,7 @@ def read_folder(root: Path) -> list[Pair]:
         return read_list(root if root.is_file() else root / LIST)
 
     def refuse(error: OSError) -> None:
-        remedy = "allow it to be read, or move it elsewhere"
-        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}): allow it, or move it away") from error
 
     places: dict[tuple[str, ...], tuple[list[Path], list[Path]]] = {}
     seen = {os.path.realpath(root)}  # links may lead to a folder twice, or round in circles
@@ -70,13 +68,13 @@ def read_folder(root: Path) -> list[Pair]:
                 below.append(os.path.basename(path))
         is_mask, place = _place(Path(folder).relative_to(root))
         with suppress(UserError):  # no pictures here
-            found = [path for path in list_images(folder) if path.name not in SHEETS]
-            places.setdefault(place, ([], []))[is_mask].extend(found)
+            found = places.setdefault(place, ([], []))[is_mask]
+            found += [path for path in list_images(folder) if path.name not in SHEETS]
     pairs = []
     for place, (images, masks) in sorted(places.items()):
         images, masks = sorted(images), sorted(masks)
         if not masks:  # perhaps side by side in one folder
-            masks = [path for path in images if any(re.fullmatch(A_MASK, word) for word in _words(path))]
+            masks = [path for path in images if any(re.fullmatch(rf"({MASK_WORDS})\d*", x) for x in _words(path))]
             images = [path for path in images if path not in masks]
         matched = pair_by_name(images, masks)
         if unused := set(masks) - set(matched.values()):
@@ -90,37 +88,31 @@ def read_folder(root: Path) -> list[Pair]:
 
 
 def read_list(path: Path) -> list[Pair]:
-    """Read a CSV file with the columns image and mask and, where wanted, field_of_view, group and split.
+    """Read a CSV file with the columns image and mask and, if wanted, field_of_view, group, split, as `prepare` writes.
 
-    Paths start from the folder of the file and stay below it, so that a list from elsewhere opens no other files. What
-    `prepare` writes is such a list. Raises `UserError` that names the line.
+    Paths start from its folder and stay below it, so that a stranger's list opens no other file: else `UserError`.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets mark UTF-8
-        head = text.partition("\n")[0]
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+        table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=text.partition("\n")[0].count))
         table.fieldnames = [name.strip().lower() for name in table.fieldnames or []]
         rows = [(table.line_num, row) for row in table]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a list ({one_line(error)}): save it as CSV in UTF-8") from error
     if not {"image", "mask"} <= set(table.fieldnames) or not rows:
         raise UserError(f"{path}: must hold a line with the column names image and mask, and a line for each image")
-    pairs = {}
+    pairs = []
     for line, row in rows:
         place = f"{path} line {line}"
-        if None in row:
-            raise UserError(f"{place}: more cells than columns: put names that hold a comma in quotes")
-        cells = {name: (cell or "").strip() for name, cell in row.items()}
+        cells = {name: (cell or "").strip() for name, cell in row.items() if name is not None}  # None: too many cells
         split = cells.get("split", "").lower()
         if split and split not in SPLIT_OF:
             raise UserError(f"{place}: there is no split `{split}`: name train, val or test, or leave it empty")
         image, mask = (_listed(path, cells[name], place) for name in ("image", "mask"))
         view = _listed(path, cells["field_of_view"], place) if cells.get("field_of_view") else None
-        if image in pairs:
-            raise UserError(f"{place}: {image} is listed twice: remove one of the lines")
         folders = image.relative_to(path.parent).parts[:-1]
-        pairs[image] = Pair(image, mask, SPLIT_OF.get(split, ""), folders, view, None, cells.get("group", ""))
-    return list(pairs.values())
+        pairs.append(Pair(image, mask, SPLIT_OF.get(split, ""), folders, view, None, cells.get("group", "")))
+    return pairs
 
 
 def _listed(table: Path, name: str, place: str) -> Path:
@@ -208,10 +200,8 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     if pattern != DataConfig.group_pattern:
         return groups
     named = list(zip(pairs, groups, strict=True))
-    copied = {group for pair, group in named if group != pair.image.stem}
-    return [
-        g if g in copied or pair.group else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named
-    ]
+    copied = {group for pair, group in named if pair.group or group != pair.image.stem}
+    return [g if g in copied else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named]
 
 
 # ---- splits: groups are sorted before they are shuffled, so that only the seed decides, not the order of files

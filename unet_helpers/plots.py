@@ -46,10 +46,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
 
 
 def to_png(picture: Figure | np.ndarray, palette: Sequence[str] | None = None) -> bytes:
-    """A figure, or an array, uint8 or uint16 (H, W) or uint8 (H, W, 3), as the bytes of a PNG file.
-
-    With a `palette` of colours `#rrggbb` the file keeps the numbers of the array and shows them in these colours.
-    """
+    """A figure, or an array, uint8 or uint16 (H, W) or uint8 (H, W, 3), as a PNG; `#rrggbb` show numbers as colours."""
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         picture.savefig(buffer, format="png", dpi=120)
@@ -89,16 +86,12 @@ def colour_classes(classes: np.ndarray, num_classes: int = 8) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """A photograph tinted and outlined by class, but for class 0; 255 is grey: uint8 (H, W, 3).
+    """A photograph, see `images.read_image`, tinted and outlined by class, but for class 0: uint8 (H, W, 3)."""
+    from skimage.segmentation import find_boundaries  # slow to import, too
 
-    The image is uint8 in 0..255 or float32 in 0..1, (H, W, 3); the classes are (H, W).
-    """
     photo = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)
-    colours, padded = colour_classes(classes, num_classes), np.pad(classes, 1, mode="edge")
-    around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    outline = np.any([neighbour != classes for neighbour in around], axis=0)
-    share = np.where(classes == 0, 0, np.where(outline, 1, 0.35))[..., None]
-    return (photo * (1 - share) + colours * share).round().astype(np.uint8)
+    share = np.where(classes == 0, 0, np.where(find_boundaries(classes, mode="inner"), 1, 0.35))[..., None]
+    return (photo * (1 - share) + colour_classes(classes, num_classes) * share).round().astype(np.uint8)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], titles: Sequence[str], names: Sequence[str]) -> np.ndarray:

