@@ -174,8 +174,7 @@ def find_palette(masks: Iterable[Path]) -> Colours:
     for path in masks:
         colours, counts = np.unique(read_mask_values(path, colours=True), return_counts=True)
         pixels.update(dict(zip(colours.tolist(), counts.tolist(), strict=True)))
-        held[path] = len(colours)
-        rare += int((1000 * counts < counts.sum()).sum())
+        held[path], rare = len(colours), rare + int((1000 * counts < counts.sum()).sum())
         if len(pixels) > MAX_COLOURS:
             break
     if len(pixels) > MAX_COLOURS or (len(pixels) > 16 and 2 * rare > held.total()):

@@ -19,6 +19,7 @@ def test_a_configuration_survives_the_way_through_yaml(tmp_path):
     config = Config(seed=7, data=DataConfig(name="drive", sample_images=(1, 2, 3)))
     config.training.steps_per_epoch = None
     config.model.widths = (4, 8)
+    config.data.palette = ("#000000", "#ff007f")
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
 
@@ -58,6 +59,11 @@ def test_yaml_holds_every_setting():
         ({"augmentation": {"patch_size": [64, 0]}}, ["augmentation.patch_size", "[64, 0]"]),
         ({"augmentation": {"patch_size": [64]}}, ["augmentation.patch_size"]),
         ({"data": {"folds": 1}}, ["data.folds"]),
+        ({"data": {"palette": ["#000000", "red"]}}, ["data.palette", "red", "#00ff7f"]),
+        ({"data": {"palette": ["#000000", "#FF0000"]}}, ["data.palette"]),
+        ({"data": {"palette": ["#000000", "#ff0000", "#000000"]}}, ["data.palette", "once"]),
+        ({"data": {"palette": [f"#{value:06x}" for value in range(255)]}}, ["data.palette", "254"]),
+        ({"data": {"palette": []}}, ["data.palette"]),
         ({"data": {"folds": 5, "fold": 5}}, ["data.fold", "4"]),
         ({"data": {"val_share": 1.0}}, ["data.val_share"]),
         ({"data": {"test_share": 2.5}}, ["data.test_share"]),

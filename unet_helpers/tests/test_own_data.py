@@ -98,7 +98,15 @@ def test_four_commands_lead_to_predictions_that_are_masks(tmp_path, capsys, layo
     assert main(["evaluate", run, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["dice"] > 0.6
-    assert main(["predict", run, *inputs, "--output", str(output)]) == 0
+    truth = ["--truth", f"{root}/masks"] if layout is coloured_16_bit else []
+    assert main(["predict", run, *inputs, "--output", str(output), *truth]) == 0
+    if truth:
+        found = np.array(Image.open(output / "3_mask.png"))
+        drawn = np.array([0, 2, 3, 1])[scene(3, 4)[1]]  # black, then by value
+        hits = (np.array(Image.open(output / "3_errors.png")) == 255).all(2)
+        np.testing.assert_array_equal(hits, (found == drawn) & (drawn > 0))
+        shown = np.array(Image.open(output / "3_mask.png").convert("RGB"))
+        np.testing.assert_array_equal(shown, COLOURS[[0, 3, 1, 2]][found])
 
     again = tmp_path / "again"
     images = [path for given in map(Path, inputs) for path in ([given] if given.is_file() else given.iterdir())]

@@ -59,6 +59,11 @@ def test_drive_is_fetched_once_checked_and_listed(tmp_path, monkeypatch):
             assert all((root / line[column]).is_file() for column in ("image", "mask", "field_of_view"))
     groups = [{line["group"] for line in lines} for lines in listed.values()]
     assert len(set.union(*groups)) == 40
+    again = find_samples(DataConfig("folder", str(root / "drive_test.csv"), val_share=0, test_share=0.2))
+    known = {sample.image: sample for sample in find_samples(DataConfig("drive", str(root)))}
+    assert len(again) == 20
+    for sample in again:  # the field of view came along
+        np.testing.assert_array_equal(load_sample(sample)[1], load_sample(known[sample.image])[1])
 
 
 def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):
