@@ -8,14 +8,18 @@ Every setting of a run is a flag that is called as in `config.yaml`: `--training
 import datetime
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback from the seconds in which torch is imported
+
 from jsonargparse import ArgumentParser, Namespace
 
-from unet_helpers.config import Config, DataConfig, RunError, UserError, from_parsed, load_config, one_line
+from unet_helpers.config import SECTIONS, Config, DataConfig, RunError, UserError, explain, from_parsed, load_config
 from unet_helpers.system import memory_is_full, without_nan
 
 DATA_SETS = get_args(get_type_hints(DataConfig)["name"])
@@ -27,7 +31,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Say what is wrong, without usage and tips around it."""
         command = self.prog.replace(" [options]", "")
-        raise UserError(f"{one_line(message)} (see `{command} --help`)") from ex
+        raise UserError(f"{explain(message)} (see `{command} --help`)") from ex
 
 
 def prepare_command(args: Namespace) -> None:
@@ -179,11 +183,18 @@ def parse(arguments: list[str]) -> Namespace:
         name, _, value = word.partition("=")
         if name in ("--config", "--resume"):
             value = value or next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"{name} needs a path: that of a settings file, or of the run to resume.")
             files.append(Path(value) / "config.yaml" if name == "--resume" else Path(value))
             load_config(files[-1])  # names the file if something is wrong with it
             word = f"{name}={value}"
+        if name[2:] in SECTIONS and arguments[0] != "evaluate":  # whose --data is a data set
+            raise UserError(f"{name} holds many settings: set one as {name}.NAME=VALUE, or give a file to --config.")
         others += [word] if name != "--config" else []
-    return parser.parse_args([*arguments[:1], *(f"--config={file}" for file in files), *others])
+    try:
+        return parser.parse_args([*arguments[:1], *(f"--config={file}" for file in files), *others])
+    except (AttributeError, LookupError, RecursionError, ValueError) as error:  # what PyYAML raises for odd !!tags
+        raise UserError(f"a value on the command line cannot be read: {explain(str(error))}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,4 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be none that can be printed
     sys.exit(main())

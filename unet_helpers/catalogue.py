@@ -7,6 +7,7 @@ import glob
 import json
 import re
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -185,20 +186,24 @@ def _number(stem: str) -> int:
     return int((re.findall(r"\d+", stem) or [0])[-1])
 
 
+@contextmanager
 def open_nyuv2(path: Path | str):
-    """Open the official file; `UserError` if it is something else. Nothing is read before it is asked for."""
+    """Open the official file; `UserError` if it, or what is read from it meanwhile, is something else or damaged."""
     import h5py
 
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            if wanted := {"images", "labels", "scenes"} - set(file):
+                raise UserError(f"{path}: holds no {', '.join(sorted(wanted))}: get the labelled file of NYUv2")
+            yield file
+    except (OSError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no MATLAB 7.3 file, or cut short ({one_line(error)}): get it again") from error
-    if wanted := {"images", "labels", "scenes"} - set(file):
-        raise UserError(f"{path}: holds no {', '.join(sorted(wanted))}: get the labelled file of NYUv2")
-    return file
 
 
 def load_nyuv2(path: Path | str, number: int) -> tuple[np.ndarray, np.ndarray]:
     """One image uint8 (H, W, 3) and its labels uint16 (H, W): MATLAB's axes come in reverse order from HDF5."""
     with open_nyuv2(path) as file:
-        return file["images"][number].transpose(2, 1, 0), file["labels"][number].T
+        image, labels = file["images"][number].transpose(2, 1, 0), file["labels"][number].T
+        if image.shape != (*labels.shape, 3) or (image.dtype, labels.dtype) != (np.uint8, np.uint16):
+            raise ValueError(f"image {number} and its labels do not go together")
+        return image, labels

@@ -6,10 +6,11 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import yaml
 
@@ -266,9 +267,21 @@ def from_dict(settings: dict, source: str) -> Config:
                 raise UserError(f"`{key}` is no setting; there are seed, {', '.join(SECTIONS)}.")
             if key != "seed" and not isinstance(value, dict):
                 raise UserError(f"`{key}` must hold settings of the form `name: value`.")
+            # Not left to jsonargparse, which imports what a `class_path` names before it refuses it.
+            if key != "seed" and (unknown := [name for name in value if name not in vars(SECTIONS[key]())]):
+                raise UserError(f"`{key}.{unknown[0]}` is no setting; see `python -m unet_helpers train --help`.")
         return from_parsed(parser.parse_object(settings).as_dict())
-    except (ArgumentError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{source}: {one_line(error)}") from error
+    except (ArgumentError, LookupError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{source}: {explain(str(error))}") from error
+
+
+def explain(message: str) -> str:
+    """What jsonargparse says about a setting of a wrong type, in one line and plainer words."""
+    found = re.match(r'Parser key "(\w+)\.(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if not found:
+        return one_line(re.sub(r"Parser key |<class |typing\.", "", message))
+    kind = re.sub(r"<class '|'>|typing\.|Literal|Union", "", str(get_type_hints(SECTIONS[found[1]])[found[2]]))
+    return one_line(f"{found[1]}.{found[2]} is {found[3]}, but it must be {kind}.")
 
 
 def from_parsed(values: dict) -> Config:
@@ -279,16 +292,41 @@ def from_parsed(values: dict) -> Config:
 
 
 def load_config(path: Path | str) -> Config:
-    """Read a YAML file, executing nothing in it; raise `UserError` if it is missing, no YAML, or a setting is wrong."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such settings file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+    """Read a YAML file of settings; raise `UserError` if it is missing, no YAML, or a setting is wrong."""
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must hold settings of the form `name: value`, as a run's config.yaml does.")
     return from_dict(settings, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only; refuses what PyYAML lets through: a key given twice, and aliases that unfold to gigabytes."""
+
+    nodes = 0
+
+    def compose_node(self, parent, index):
+        before, alias = self.nodes, self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.nodes += getattr(node, "size", math.inf) if alias else 1  # an alias within what it stands for has no end
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) and not alias else []
+        twice = [key for key, count in Counter(key for key in keys if isinstance(key, str)).items() if count > 1]
+        if twice or self.nodes > 100_000:
+            what = f"the key {twice[0]} is given twice" if twice else "too long, or *aliases unfold to too much"
+            raise yaml.composer.ComposerError(None, None, what, node.start_mark)
+        node.size = node.size if alias else self.nodes - before
+        return node
+
+
+def read_yaml(path: Path | str) -> object:
+    """Load a YAML file, executing nothing in it; raise `UserError` if it is missing or no YAML."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such settings file.") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as YAML: it is nested too deeply.") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:  # odd !!tags
+        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
 
 
 def dump_config(config: Config) -> str:

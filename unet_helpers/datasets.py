@@ -215,8 +215,22 @@ def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
     """Memory-mapped arrays of a cached image, None if there is none, or it is outdated or damaged."""
     try:
         record = np.lib.format.open_memmap(path, mode="r")
-        return tuple(record[name] for name in PARTS) if record["source"] == source else None
-    except (OSError, ValueError, EOFError, IndexError, SyntaxError, TokenError):  # no such file, or a damaged one
+        item = tuple(record[name] for name in PARTS)
+        fits = item[0].shape == (*item[1].shape, 3) and item[1].shape == item[2].shape
+        fits = fits and "".join(part.dtype.kind for part in item) in ("uubff", "fubff")
+        return item if fits and record["source"] == source else None
+    # No such file, or a damaged one, whose header NumPy reads as Python's literals.
+    except (
+        ArithmeticError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        SyntaxError,
+        TokenError,
+        TypeError,
+        ValueError,
+    ):
         return None
 
 

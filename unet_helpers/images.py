@@ -30,6 +30,8 @@ Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of eac
 # Mean and standard deviation of the channels, as parts of full scale, for `config.data.normalisation`.
 CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_COLOURS = 254  # of the masks of a data set
+Image.init()
+FORMATS = sorted(Image.OPEN.keys() - {"EPS"})  # which is a program: Pillow would hand it to Ghostscript to be executed
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
 
 
@@ -49,7 +51,7 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
     in colours of 16 bits a channel, of which Pillow silently keeps the upper 8.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
             picture.load()
             return ImageOps.exif_transpose(picture), picture.format, deep

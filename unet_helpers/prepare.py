@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing
+from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing, read_drive
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
 from unet_helpers.images import is_coloured, orientation, shrink
@@ -156,6 +156,8 @@ def _download_drive(root: Path) -> None:
 
         fetched = kagglehub.dataset_download(KAGGLE_DRIVE)
         shutil.copytree(fetched, part)  # makes `root`, too
+        if (count := len(read_drive(part))) < 40:
+            raise ValueError(f"{count} of its 40 images are there")
         os.replace(part, target)
     except Exception as error:  # no network, no space, no permission, and whatever kagglehub raises
         reason = one_line(error)[:200]

@@ -53,10 +53,11 @@ def load_run(path: Path | str) -> Run:
     config = load_config(path / "config.yaml")
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        threshold = metrics["threshold"]
-        if config.model.num_classes == 1 and not 0 <= float(threshold) <= 1:
-            raise ValueError("its threshold is not between 0 and 1")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        threshold, _ = metrics["threshold"], dict(metrics.get("reads", {}))
+        right = type(threshold) in (int, float) and 0 <= threshold <= 1
+        if not (right if config.model.num_classes == 1 else threshold is None):
+            raise ValueError("its threshold must be between 0 and 1, and null with several classes")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
     return Run(path, config, load_network(path, config), metrics)
 
@@ -166,8 +167,15 @@ def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Pro
         optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
         if scaler and (saved := json.loads(header["scaler"])):  # empty after training without one
             scaler.load_state_dict(saved)
-        return Progress(**json.loads(header["progress"]))
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        for weight, state in optimiser.state.items():
+            shapes = {name: value.shape for name, value in state.items()}
+            if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                raise ValueError("its optimiser is another one")
+        progress = Progress(**json.loads(header["progress"]))
+        if progress.best_epoch not in range(1 + progress.epoch) or 1 + progress.epoch != len(progress.history):
+            raise ValueError("its progress makes no sense")
+        return progress
+    except (RuntimeError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: does not fit this run's settings ({one_line(error)}); start a new run.") from error
 
 
@@ -187,6 +195,8 @@ def read_history(path: Path | str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError) as error:
+        return [
+            {k: None if row[k] == "" else int(row[k]) if k in whole else float(row[k]) for k in COLUMNS} for row in rows
+        ]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a training history: {error}") from None

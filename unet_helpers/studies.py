@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader
 
-from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line
+from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line, read_yaml
 from unet_helpers.datasets import TrainingPatches, WholeImages, decode, settle
 from unet_helpers.evaluation import samples_of, score_images
 from unet_helpers.losses import SegmentationLoss
@@ -63,13 +62,14 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
     """
     path = Path(study) / "grid.yaml"
     try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-        arms = {}
+        grid, arms = read_yaml(path), {}
         for name, changes in grid["arms"].items():
             settings = {section: dict(grid.get("base", {}).get(section, {})) for section in SECTIONS}
             changes = dict(changes)
             seeds, starts_from = changes.pop("seeds"), changes.pop("starts_from", None)
             seeds = list(range(seeds)) if type(seeds) is int else seeds
+            if {"/", "\\"} & set(str(name)):
+                raise ValueError(f"arm {name}: its name is that of a folder, so no / or \\ can be in it")
             if not seeds or any(type(seed) is not int for seed in seeds) or (starts_from and starts_from not in arms):
                 raise ValueError(f"arm {name} needs a number of seeds, and to start from an arm above it, if any")
             for key, value in changes.items():
@@ -79,11 +79,9 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
         if grid["baseline"] not in arms:
             raise ValueError(f"the baseline {grid['baseline']} is no arm")
         return arms, grid["baseline"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file, and a study needs one.") from None
     except KeyError as error:
         raise UserError(f"{path}: lacks {error}, or names a section of settings that does not exist.") from None
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, UserError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path}: is no grid of arms: {one_line(error)}") from error
 
 
@@ -174,8 +172,14 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
         rows = [{k: v if k in TEXT else json.loads(v) for k, v in row.items() if k in COLUMNS} for row in rows]
         known = [row for row in rows if row["arm"] in arms]
         wanted = [settings_of(arms, arms[row["arm"]], row["seed"]) for row in known]
-        return [row for row, now in zip(known, wanted, strict=True) if complete(row["settings"]) == now]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        known = [row for row, now in zip(known, wanted, strict=True) if complete(row["settings"]) == now]
+        for arm in {row["arm"] for row in known}:
+            own = [row for row in known if row["arm"] == arm]
+            sound = counts_of(own).dtype.kind == "i" and all(0 <= row["val_dice"] <= 1 for row in own)
+            if not sound or counts_of(own).shape[-1] != 4:
+                raise ValueError(f"Dice or counts of {arm} are no such numbers")
+        return known
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as rows of a study: {one_line(error)}") from error
 
 

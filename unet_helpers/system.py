@@ -97,13 +97,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a dictionary as JSON, whole or not at all. NaN, which JSON does not know, becomes null."""
+    """Write a dictionary as JSON, whole or not at all. NaN and infinity, which JSON does not know, become null."""
     write_whole(path, json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def without_nan(value: object) -> object:
-    """The same nested value, as JSON holds it, with None for every NaN."""
-    return json.loads(json.dumps(value), parse_constant=lambda name: None if name == "NaN" else float(name))
+    """The same nested value, as JSON holds it, with None for every NaN and infinity."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -119,9 +119,14 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         metrics = finish(run, config, progress, accelerator, validation, patches.names)
         accelerator.end_training()
         return metrics
+    except (UserError, RunError) as error:  # a loader worker's comes with its traceback before it
+        raise type(error)(str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()) from error
     except (MemoryError, RuntimeError, ValueError) as error:
         if "more than 1 value per channel" in str(error):
             raise RunError("Batch norm has a single value to normalise: raise training.batch_size.") from error
+        if ("DataLoader worker" in str(error) and "exited" in str(error)) or "killed by signal" in str(error):
+            remedy = "lower training.workers, then go on with --resume."
+            raise RunError(f"A process that prepares data was killed, as when the memory is full: {remedy}") from error
         if not memory_is_full(error):
             raise
         sizes = f"training.batch_size (now {settings.batch_size}) or augmentation.patch_size"
