@@ -1,4 +1,4 @@
-"""The command line: `python -m unet_helpers prepare|train|evaluate|predict|benchmark|study`.
+"""The command line: `python -m unet_helpers prepare|train|evaluate|predict|export|benchmark|study`.
 
 Every setting of a run is a flag that is called as in `config.yaml`: `--training.epochs 20`. A YAML file given with
 `--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings;
@@ -18,6 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback from the seconds in which torch is imported
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from unet_helpers.config import SECTIONS, Config, DataConfig, RunError, UserError, explain, from_parsed, load_config
 from unet_helpers.system import memory_is_full, without_nan
@@ -72,7 +73,7 @@ def evaluate_command(args: Namespace) -> None:
 
     data = load_run(args.run).config.data
     data = replace(data, name=args.data or data.name, root=args.data_root or data.root)
-    options = {"data": data, "split": args.split, "flips": not args.no_flips, "device": args.device}
+    options = {"data": data, "split": args.split, "device": args.device, **averaging(args)}
     compared = {"compared": compare(args.run, args.compare, **options)} if args.compare else {}
     report(evaluate(args.run, save=args.save, **options) | compared, args.json)
 
@@ -82,17 +83,35 @@ def predict_command(args: Namespace) -> None:
     from unet_helpers.prediction import predict
 
     output = Path(args.output or Path("predictions") / Path(args.run).resolve().name)
-    masks = predict(args.run, args.paths, output, not args.no_flips, args.device, args.truth, args.gif)
+    options = {"truth": args.truth, "gif": args.gif, "max_pixels": args.max_pixels, **averaging(args)}
+    masks = predict(args.run, args.paths, output, device=args.device, **options)
     print(f"{len(masks)} predicted, written to {output}.")
+
+
+def averaging(args: Namespace) -> dict:
+    """What `predict` and `evaluate` have in common."""
+    return {"flips": "rotations" if args.rotations else not args.no_flips, "min_size": args.min_size}
+
+
+def export_command(args: Namespace) -> None:
+    """Write a run as ONNX, for images of any size, with its threshold, classes and normalisation as metadata."""
+    from unet_helpers.runs import export
+
+    output = args.output or f"{Path(args.run).resolve().name}.onnx"
+    export(args.run, output)
+    print(f"Written to {output}.")
 
 
 def benchmark_command(args: Namespace) -> None:
     """Measure speed and memory of training and prediction: medians and quartiles."""
+    from unet_helpers.runs import measure_large
     from unet_helpers.studies import benchmark
 
     if min(args.size) < 1 or args.steps < 1:
         raise UserError("--size and --steps must be at least 1.")
-    report(benchmark(from_parsed(args.as_dict()), tuple(args.size), args.steps), args.json)
+    config = from_parsed(args.as_dict())
+    large = measure_large(config) if args.large else {}
+    report(benchmark(config, tuple(args.size), args.steps) | large, args.json)
 
 
 def study_command(args: Namespace) -> None:
@@ -107,6 +126,7 @@ COMMANDS = {
     "train": train_command,
     "evaluate": evaluate_command,
     "predict": predict_command,
+    "export": export_command,
     "benchmark": benchmark_command,
     "study": study_command,
 }
@@ -115,10 +135,14 @@ COMMANDS = {
 def make_parsers() -> dict[str, Parser]:
     """The parser of each command."""
     parsers = {name: Parser(description=run.__doc__, allow_abbrev=False) for name, run in COMMANDS.items()}
-    prepare, train, evaluate, predict, benchmark, study = parsers.values()
+    prepare, train, evaluate, predict, export, benchmark, study = parsers.values()
+    for parser in (evaluate, predict, export):
+        parser.add_argument("run", help="folder of a trained run, or a folder of such folders: an ensemble")
     for parser in (evaluate, predict):
-        parser.add_argument("run", help="folder of a trained run")
-        parser.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
+        views = parser.add_mutually_exclusive_group()
+        views.add_argument("--rotations", action="store_true", help="average over quarter turns, too")
+        views.add_argument("--no-flips", action="store_true", help="do not average over mirror images")
+        parser.add_argument("--min-size", type=NonNegativeInt, default=0, help="leave out regions of fewer pixels")
         parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
 
     prepare.add_argument("name", choices=DATA_SETS, help="which data set")
@@ -140,9 +164,14 @@ def make_parsers() -> dict[str, Parser]:
     predict.add_argument("paths", nargs="+", help="image files or folders of them")
     predict.add_argument("--output", help="where to write; by default predictions/RUN")
     predict.add_argument("--truth", help="ground truth, a folder of masks: also writes error maps")
+    predict.add_argument(
+        "--max-pixels", type=PositiveInt, help="open tiled TIFFs of up to so many, if over 179 million"
+    )
     predict.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
 
+    export.add_argument("--output", help="the file to write; by default RUN.onnx")
     benchmark.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
+    benchmark.add_argument("--large", action="store_true", help="also predict 8000 x 8000 pixels on the CPU: minutes")
     benchmark.add_argument("--steps", type=int, default=12, help="how often everything is measured")
     study.add_argument("study", help="folder with a grid.yaml, such as checkpoints/study-encoder")
     study.add_argument("--arms", nargs="+", help="train only these; the table shows all")
@@ -181,6 +210,7 @@ def parse(arguments: list[str]) -> Namespace:
     files, others, words = [], [], iter(arguments[1:])
     for word in words:
         name, _, value = word.partition("=")
+        word = f"{name}={os.path.expanduser(value)}" if value else word  # a shell leaves `--output=~/x` as it is
         if name in ("--config", "--resume"):
             value = value or next(words, "")
             if not value or value.startswith("--"):

@@ -224,8 +224,9 @@ RULES = [
 def need(condition: bool, setting: str, value: object, rule: str) -> None:
     """Raise `UserError` unless the condition holds."""
     if not condition:
-        value = list(value) if isinstance(value, tuple) else value
-        raise UserError(f"{setting} is {value}, but it must be {rule}.")
+        shown = str(list(value) if isinstance(value, tuple) else value)
+        shown = f"{shown[:100]}..." if len(shown) > 100 else shown
+        raise UserError(f"{setting} is {shown}, but it must be {rule}.")
 
 
 def check_config(config: Config) -> None:

@@ -19,8 +19,8 @@ from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, mean_dice, mean_iou
-from unet_helpers.prediction import predict_logits, predict_probabilities
-from unet_helpers.runs import load_run
+from unet_helpers.prediction import drop_specks, find_views, predict_logits, predict_probabilities
+from unet_helpers.runs import Run, load_run
 from unet_helpers.scores import (
     ONE_IMAGE,
     bootstrap_interval,
@@ -53,23 +53,23 @@ class Evaluation:
         return counts if self.num_classes == 1 else counts[None]
 
 
-def predictions(model: nn.Module, images: WholeImages, device: torch.device, flips: bool) -> Iterator[tuple]:
+def predictions(model: nn.Module, images: WholeImages, device: torch.device, flips: bool | str) -> Iterator[tuple]:
     """Probability, at the size of the mask, mask, and name of one image after the other; the first two on `device`."""
-    flips = flips and images.config.augmentation.flips  # only those that training has shown
+    flips = find_views(images.config, flips)
     for image, mask, name in images:
         yield predict_probabilities(model, image.to(device), flips, size=mask.shape), mask.to(device), name
 
 
-def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device) -> float:
-    """The threshold with the highest pooled Dice on (validation) images, flips averaged; see `score_images`."""
+def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device, flips: bool | str = True) -> float:
+    """The threshold with the highest pooled Dice on (validation) images; see `score_images`."""
     histogram = BinaryHistogram(device)
-    for probability, mask, _ in predictions(model, images, device, flips=True):
+    for probability, mask, _ in predictions(model, images, device, flips):
         histogram.update(probability, mask)
     return histogram.best_threshold()
 
 
 def score_images(
-    model: nn.Module, images: WholeImages, num_classes: int, device: torch.device, threshold: float | None, flips=True
+    model: nn.Module, images: WholeImages, num_classes: int, device, threshold: float | None, flips=True, min_size=0
 ) -> Evaluation:
     """Predict images one by one at their own size, with a model in evaluation mode, and count; see `Evaluation`."""
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
@@ -78,6 +78,7 @@ def score_images(
     result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
     for probability, mask, name in predictions(model, images, device, flips):
         result.names.append(name)
+        probability = drop_specks(probability, threshold, min_size)
         if num_classes == 1:
             table.update(probability, mask)
             predicted = metrics.foreground(probability, threshold)
@@ -133,17 +134,17 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     }
 
 
-def evaluate(
-    run: Path | str, data: DataConfig | None = None, split="test", flips: bool = True, device="auto", save: bool = False
-) -> dict:
+def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save: bool = False, **options) -> dict:
     """Score a run, given by its folder, on one split of a data set, by default the one it was trained on.
 
-    `flips` averages over mirror images, as `predict` does. `save` also writes the scores into the run's `metrics.json`,
-    under the split's name (after that of another data set) and counts the reading. Returns what `summarise` does.
-    Raises `UserError` if the run, the data or the split cannot be used.
+    The `options` `flips` (by default True), `min_size` (0) and `device` are those of `predict`. `save` also writes the
+    scores into the run's `metrics.json`, under the split's name (after that of another data set), and counts the
+    reading; saving those of an ensemble on `val` chooses its threshold there. Returns what `summarise` does. Raises
+    `UserError` if the run, the data or the split cannot be used.
     """
-    opened, result = score_run(run, data, split, flips, device)
-    scores = summarise(result, opened.threshold, flips and opened.config.augmentation.flips)
+    opened, result = score_run(run, data, split, choose=save and split == "val", **options)
+    scores = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))
+    scores["min_size"] = options.get("min_size", 0)
     if save:
         key = f"{data.name}_{split}" if data and data.name != opened.config.data.name else split
         reads = opened.metrics.get("reads", {})
@@ -160,13 +161,24 @@ def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None
     return paired_difference(a.counts(), b.counts(), dice if a.num_classes == 1 else mean_dice)
 
 
-def score_run(run: Path | str, data: DataConfig | None, split: str, flips: bool = True, device: str = "auto"):
-    """Open a run and count on one split: (Run, Evaluation)."""
+def score_run(
+    run: Path | str, data: DataConfig | None, split: str, flips=True, device: str = "auto", min_size=0, choose=False
+) -> tuple[Run, Evaluation]:
+    """Open a run and count on one split; of an ensemble, `choose` the threshold there.
+
+    No image may be one that a run of an ensemble was trained on, which would make it the others' judge (`UserError`).
+    """
     opened, target = load_run(run), find_device(device)
     config = replace(opened.config, data=data or opened.config.data)
     images = WholeImages(samples_of(config, split), config)
+    here, own, joined = config.data, opened.config.data, "runs" in opened.metrics
+    known = {sample.name for sample in images.samples} & set(opened.metrics["training_images"] if joined else [])
+    if known and split != "train" and here.name == own.name and (here.root == own.root or here.name != "folder"):
+        raise UserError(f"{run}: a run of this ensemble was trained on {min(known)}, which is in the split {split}.")
     model = opened.model.to(target, memory_format=torch.channels_last)
-    return opened, score_images(model, images, config.model.num_classes, target, opened.threshold, flips)
+    if choose and joined and config.model.num_classes == 1:
+        opened.metrics["threshold"] = choose_threshold(model, images, target, flips)
+    return opened, score_images(model, images, config.model.num_classes, target, opened.threshold, flips, min_size)
 
 
 def samples_of(config: Config, split: str) -> list:

@@ -4,7 +4,10 @@ A photograph is made of colours (`read_image`); a mask is made of numbers, howev
 (`read_mask_values`), and `mask_meaning` decides once for a whole data set what 1 and 255 stand for.
 """
 
+import logging
 import math
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,9 +15,10 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import tifffile
 from PIL import ExifTags, Image, ImageOps
 
-from unet_helpers.config import IGNORE, UserError, one_line
+from unet_helpers.config import IGNORE, RunError, UserError, one_line
 
 
 class Colours(dict[int, int]):
@@ -32,7 +36,13 @@ CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406),
 MAX_COLOURS = 254  # of the masks of a data set
 Image.init()
 FORMATS = sorted(Image.OPEN.keys() - {"EPS"})  # which is a program: Pillow would hand it to Ghostscript to be executed
+LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
+STRIP = 512  # rows that are worked on at a time
+VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
+
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is said in one line
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -56,7 +66,8 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
             picture.load()
             return ImageOps.exif_transpose(picture), picture.format, deep
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too large to open safely ({error}): cut it into smaller pictures") from error
+        remedy = "cut it up, or save it as a tiled TIFF, grey or RGB, plain or by deflate, and set --max-pixels"
+        raise UserError(f"{path}: too large to open safely ({error}): {remedy}") from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror}: name an image file") from error
     except MemoryError:
@@ -86,6 +97,44 @@ def read_image(path: str | Path) -> np.ndarray:
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
             return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
     return np.array(picture.convert("RGB"))
+
+
+def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
+    """What `read_image` gives; a `LARGE` tiled TIFF in 8-bit grey or RGB is decoded to the disk and memory-mapped.
+
+    `UserError` as there, and for more than `max_pixels`, by default those that Pillow opens (179 million).
+    """
+    try:
+        with tifffile.TiffFile(path) as file:
+            page, most = file.pages.first, max_pixels or 2 * Image.MAX_IMAGE_PIXELS
+            simple = page.dtype == np.uint8 and page.photometric in (1, 2) and page.planarconfig == 1
+            simple &= page.samplesperpixel != 2 and page.tags.valueof("Orientation", 1) == 1
+            if not (simple and page.is_tiled and (pixels := page.imagewidth * page.imagelength) > LARGE):
+                return read_image(path)
+            if pixels > most:
+                raise UserError(
+                    f"{path}: has {pixels} pixels, and so many must be asked for: set --max-pixels {pixels}"
+                )
+            values = np.atleast_3d(page.asarray(out=on_disk(page.shape, np.uint8)))
+        return np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
+    except (UserError, RunError):
+        raise
+    except Exception:  # no TIFF, or a damaged one, or one that needs a decoder which tifffile has not
+        return read_image(path)
+
+
+def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = None) -> np.ndarray:
+    """A memory-mapped array whose temporary file is gone with it; `RunError` if the disk has no room."""
+    folder, size = folder or tempfile.gettempdir(), math.prod(shape) * np.dtype(dtype).itemsize
+    if shutil.disk_usage(folder).free < size:
+        raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def strips(shape: tuple[int, ...], height: int = STRIP) -> list[slice]:
+    """The rows of a picture of this shape, some at a time."""
+    return [slice(top, min(top + height, shape[0])) for top in range(0, shape[0], height)]
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
@@ -227,6 +276,11 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     Only where a round aperture leaves four black corners something is cut off: the largest region brighter than they is
     kept, holes filled and outline smoothed, if it is convex and covers a quarter. Other pictures are all field of view.
     """
+    step = -(-max(image.shape[:2]) // VIEW_SIDE)
+    if step > 1:
+        thin, (height, width) = field_of_view(image[::step, ::step]), image.shape[:2]
+        wide = thin.repeat(step, axis=1)[:, :width]
+        return np.broadcast_to(True, (height, width)) if thin.all() else wide.repeat(step, axis=0)[:height]
     full_scale = 255.0 if image.dtype == np.uint8 else 1.0
     brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale, (5, 5), 0)
     side = max(1, min(brightness.shape) // 40)
@@ -250,12 +304,20 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     return view.astype(bool) if fills else everything
 
 
+def view_diameter(view: np.ndarray) -> int | None:
+    """Diameter in pixels of a field of view, bool (H, W), where it is widest or highest; None if it is everything."""
+    seen = [np.flatnonzero(view.any(axis)) for axis in (0, 1)]
+    return None if view.all() or not seen[0].size else max(int(np.ptp(places)) + 1 for places in seen)
+
+
 def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
     """Mean and standard deviation of each channel inside the view, float32 (3,); constant: 1, empty view: 0 and 1."""
-    pixels = image[view].astype(np.float64)
-    if not len(pixels):
-        return np.zeros(3, np.float32), np.ones(3, np.float32)
-    mean, deviation = pixels.mean(axis=0), pixels.std(axis=0)
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for rows in strips(image.shape):
+        pixels = image[rows][view[rows]].astype(np.float64)
+        count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + (pixels**2).sum(axis=0)
+    mean = total / max(count, 1)
+    deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
     deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-3)] = 1.0  # a thousandth of full scale
     return mean.astype(np.float32), deviation.astype(np.float32)
 
@@ -273,7 +335,9 @@ def normalise(
         full_scale = 255 if image.dtype == np.uint8 else 1
         statistics = [np.float32(full_scale) * np.float32(values) for values in CONSTANTS[kind]]
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
-    scaled = (image.astype(np.float32) - mean) / deviation
+    scaled = image.astype(np.float32)
+    scaled -= mean
+    scaled /= deviation
     scaled[view & (scaled == 0).all(2)] = 1e-6  # exactly 0 in all channels is what `predict_probabilities` leaves out
     scaled[~view] = 0.0
     return scaled

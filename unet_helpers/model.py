@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -229,6 +230,41 @@ def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
     bottom, right = (-side % stride for side in x.shape[-2:])
     # Zeros would draw an edge there, and mirroring needs an image larger than what is added.
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+
+def forward_whole(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Logits at the size of the images; for valid convolutions the image is first continued by mirroring."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    if not model.border:
+        return model(images).float()
+    height, width = images.shape[-2:]
+    # What is left over comes last, so that every image and every tile starts on the same pooling grid.
+    below, right = (model.valid_input_size(side) - side - model.border for side in (height, width))
+    logits = model(mirror_border(images, model.border, right, model.border, below))
+    return logits[..., :height, :width].float()
+
+
+def mirror_border(images: torch.Tensor, left: int, right: int, top: int, bottom: int) -> torch.Tensor:
+    """Continue images (B, C, H, W) beyond their border by mirroring, as often as the border's width asks for."""
+    height, width = images.shape[-2:]
+    rows = torch.from_numpy(np.pad(np.arange(height), (top, bottom), mode="reflect"))  # torch's own mirrors only once
+    columns = torch.from_numpy(np.pad(np.arange(width), (left, right), mode="reflect"))
+    return images[..., rows, :][..., columns]
+
+
+class Ensemble(nn.Module):
+    """Several networks as one, whose logits stand for the mean of their probabilities, at the size of the images."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        super().__init__()
+        self.networks, self.padding, self.border = nn.ModuleList(networks), "same", 0
+        self.stride = math.lcm(*(network.stride for network in networks))
+        self.receptive_field_radius = max(network.receptive_field_radius for network in networks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, K, H, W)."""
+        logits = torch.stack([forward_whole(network, x) for network in self.networks])
+        return logits.sigmoid().mean(0).logit() if logits.shape[2] == 1 else logits.softmax(2).mean(0).log()
 
 
 def initialise(module: nn.Module) -> None:

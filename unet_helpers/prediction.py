@@ -5,51 +5,110 @@ Borders are mirrored where convolutions eat them, large images go tile by tile, 
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tifffile import imwrite
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
 from unet_helpers.catalogue import MEANINGS, class_names
-from unet_helpers.config import DataConfig, Flips, UserError
+from unet_helpers.config import Config, DataConfig, UserError
 from unet_helpers.datasets import find_meaning, wanted_meaning
-from unet_helpers.images import decode_mask, is_coloured, list_images, normalise, read_image, read_mask_values, shrink
+from unet_helpers.images import (
+    LARGE,
+    STRIP,
+    decode_mask,
+    field_of_view,
+    is_coloured,
+    list_images,
+    normalise,
+    on_disk,
+    open_image,
+    read_mask_values,
+    shrink,
+    statistics_inside,
+    strips,
+    view_diameter,
+)
 from unet_helpers.metrics import level, probabilities, quantise
+from unet_helpers.model import forward_whole
 from unet_helpers.pairing import pair_by_name
 from unet_helpers.plots import animate, class_handles, colour_classes, error_map, to_png
 from unet_helpers.runs import Run, load_run
-from unet_helpers.system import find_device, make_folder, write_whole
+from unet_helpers.system import find_device, make_folder, whole_file, write_whole
 
 TILE = 1536  # images with a longer side are predicted tile by tile, which bounds the memory needed
+SAME_SIZE = 0.1  # a field of view whose diameter differs less than this from that in training is left as it is
+# Views of an image that are averaged over: the axes that are mirrored, and whether the axes then change places.
+MIRRORS = [(axes, False) for axes in ((), (-1,), (-2,), (-2, -1))]
+TURNS = [MIRRORS[0], MIRRORS[3], ((-1,), True), ((-2,), True)]
+VIEWS = {False: MIRRORS[:1], "horizontal": MIRRORS[:2], True: MIRRORS, "turns": TURNS}
+VIEWS["all"] = [(axes, turned) for turned in (False, True) for axes, _ in MIRRORS]
+
+
+def find_views(config: Config, flips: bool | str) -> bool | str:
+    """Which `VIEWS` to average over: with `flips` the mirror images that training has shown, with `rotations` also
+    quarter turns, and `UserError` if training has not shown those.
+    """
+    shown, angle = config.augmentation.flips, config.augmentation.rotation
+    if flips == "rotations" and angle < 90:
+        raise UserError(f"--rotations: the run was trained with augmentation.rotation {angle}, below 90: leave it out.")
+    return {False: "turns", True: "all"}[bool(shown)] if flips == "rotations" else flips and shown
 
 
 @torch.inference_mode()
 def predict_probabilities(
-    model: nn.Module, image: Tensor, flips: Flips = True, tile: int = TILE, size: tuple[int, int] | None = None
+    model: nn.Module, image: Tensor, flips: bool | str = True, tile: int = TILE, size: tuple[int, int] | None = None
 ) -> Tensor:
     """Probabilities for an image, float32 (C, H, W), of any size, normalised as in training, on the model's device.
 
     The model is in evaluation mode. `flips` averages over the image and its three mirror images, or its `horizontal`
-    one (test-time augmentation); at most `tile` pixels a side go through the network at once. Returns float32 (H, W),
-    by sigmoid, or (K, H, W), by softmax, interpolated linearly to `size`, by default the image's own. Outside the field
-    of view background is certain.
+    one, or others of `VIEWS` (test-time augmentation); at most `tile` pixels a side go through the network at once. If
+    the network knows a `view_diameter`, see `Run`, the image is scaled to it, and the probabilities back. Returns
+    float32 (H, W), by sigmoid, or (K, H, W), by softmax, interpolated linearly to `size`, by default the image's own.
+    Outside the field of view background is certain.
     """
-    axes = [(), (-1,), (-2,), (-2, -1)][: {True: 4, "horizontal": 2, False: 1}[flips]]
-    views = (probabilities(predict_logits(model, image.flip(dims)[None], tile))[0].flip(dims) for dims in axes)
-    probability = sum(views) / len(axes)
-    outside = (image == 0).all(0)  # as `images.normalise` leaves it; nothing there was ever trained on
+    size = tuple(size or image.shape[-2:])
+    factor = scale_of(model, (image != 0).any(0).cpu().numpy())
+    if factor != 1:
+        scaled = [max(1, round(side * factor)) for side in image.shape[-2:]]
+        # On the CPU, as not every device can do this.
+        image = functional.interpolate(image.cpu()[None], scaled, mode="bilinear", antialias=True)[0].to(image.device)
+    probability = average(model, image, flips, tile)
+    if size == tuple(image.shape[-2:]):
+        return probability
+    channels = probability.reshape(1, -1, *image.shape[-2:])
+    larger = functional.interpolate(channels, size, mode="bilinear").clamp(0, 1)
+    return larger.reshape(*probability.shape[:-2], *size)
+
+
+def scale_of(model: nn.Module, view: np.ndarray) -> float:
+    """By what the network wants a picture scaled, given its field of view, bool (H, W); 1 if that is `SAME_SIZE`."""
+    wanted, diameter = getattr(model, "view_diameter", None), view_diameter(view)
+    return 1.0 if not wanted or not diameter or abs(diameter / wanted - 1) <= SAME_SIZE else wanted / diameter
+
+
+def average(model: nn.Module, image: Tensor, flips: bool | str, tile: int, odd: int = 0) -> Tensor:
+    """Mean probability of the views of an image (C, H, W), but for the last `odd` rows, which mirror images leave out.
+
+    So a strip's mirror image lies on the same pooling grid as in the mirror image of the whole picture.
+    """
+    total, end = 0, image.shape[-2] - odd
+    for axes, turned in VIEWS[flips]:
+        view = (image[:, :end] if -2 in axes else image).flip(axes)[None]
+        seen = probabilities(predict_logits(model, view.mT if turned else view, tile))[0]
+        total = total + (seen.mT if turned else seen).flip(axes)[..., :end, :]
+    probability = total / len(VIEWS[flips])
+    outside = (image == 0).all(0)[:end]  # as `images.normalise` leaves it; nothing there was ever trained on
     probability[..., outside] = 0
     if probability.ndim == 3:
         probability[0, outside] = 1
-    if size is None or tuple(size) == tuple(image.shape[-2:]):
-        return probability
-    channels = probability.reshape(1, -1, *image.shape[-2:])
-    larger = functional.interpolate(channels, tuple(size), mode="bilinear").clamp(0, 1)
-    return larger.reshape(*probability.shape[:-2], *size)
+    return probability
 
 
 def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor:
@@ -61,59 +120,81 @@ def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor
     height, width = images.shape[-2:]
     if max(height, width) <= tile:
         return forward_whole(model, images)
-    margin = math.ceil(model.receptive_field_radius / model.stride) * model.stride
-    core = max(tile - 2 * margin, model.stride) // model.stride * model.stride  # tiles start on the pooling grid
+    margin, core = tiling(model, tile)
+    high, wide = (side if side <= tile else core for side in (height, width))
     rows = []
-    for top in range(0, height, core):
+    for top in range(0, height, high):
         row = []
-        for left in range(0, width, core):
+        for left in range(0, width, wide):
             y0, x0 = max(top - margin, 0), max(left - margin, 0)
-            y1, x1 = min(top + core + margin, height), min(left + core + margin, width)
+            y1, x1 = min(top + high + margin, height), min(left + wide + margin, width)
             logits = forward_whole(model, images[..., y0:y1, x0:x1])
-            row.append(logits[..., top - y0 : top - y0 + core, left - x0 : left - x0 + core])
+            row.append(logits[..., top - y0 : top - y0 + high, left - x0 : left - x0 + wide])
         rows.append(torch.cat(row, dim=-1))
     return torch.cat(rows, dim=-2)
 
 
-def forward_whole(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits at the size of the images; for valid convolutions the image is first continued by mirroring."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    if not model.border:
-        return model(images).float()
-    height, width = images.shape[-2:]
-    # What is left over comes last, so that every image and every tile starts on the same pooling grid.
-    below, right = (model.valid_input_size(side) - side - model.border for side in (height, width))
-    logits = model(mirror_border(images, model.border, right, model.border, below))
-    return logits[..., :height, :width].float()
+def tiling(model: nn.Module, tile: int, spare: int = 0) -> tuple[int, int]:
+    """Margin and core of tiles: the former as wide as the receptive field reaches; both on the pooling grid."""
+    margin = math.ceil((model.receptive_field_radius + spare) / model.stride) * model.stride
+    return margin, max(tile - 2 * margin, model.stride) // model.stride * model.stride
 
 
-def mirror_border(images: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
-    """Continue images (B, C, H, W) beyond their border by mirroring, as often as the border's width asks for."""
-    height, width = images.shape[-2:]
-    rows = torch.from_numpy(np.pad(np.arange(height), (top, bottom), mode="reflect"))  # torch's own mirrors only once
-    columns = torch.from_numpy(np.pad(np.arange(width), (left, right), mode="reflect"))
-    return images[..., rows, :][..., columns]
+@torch.inference_mode()
+def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min_size: int) -> Iterator:
+    """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip.
+
+    Where the network takes the picture smaller, it is reduced first and predicted as a whole.
+    """
+    model, data, small = run.model, run.config.data, None
+    view, (height, width) = field_of_view(picture), picture.shape[:2]
+    side = data.longest_side or round(max(height, width) * scale_of(model, view))
+    if side < max(height, width):
+        small = predict_image(model, shrink(picture, side), device, flips, data)
+        y, x = ((torch.arange(count, device=device) * 2 + 1) / count - 1 for count in (height, width))  # from -1 to 1
+    statistics = statistics_inside(picture, view)
+    margin, core = tiling(model, STRIP, spare=model.stride)  # what `odd` takes away is less than a stride
+    for rows in strips(picture.shape, core):
+        # A region of fewer than `min_size` pixels spans fewer rows.
+        top, bottom = max(rows.start - min_size, 0), min(rows.stop + min_size, height)
+        if small is not None:
+            grid = torch.stack(torch.meshgrid(y[top:bottom], x, indexing="ij")[::-1], -1)[None]
+            channels = small.reshape(1, -1, *small.shape[-2:])
+            part = functional.grid_sample(channels, grid, padding_mode="border", align_corners=False).clamp(0, 1)
+            part = part.reshape(*small.shape[:-2], bottom - top, width)
+        else:
+            first, last = max(top - margin, 0) // model.stride * model.stride, min(bottom + margin, height)
+            image = normalise(picture[first:last], view[first:last], statistics, data.normalisation)
+            image = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)
+            part = average(model, image, flips, STRIP, (last - height) % model.stride)
+            part = part[..., top - first : bottom - first, :]
+        yield rows, drop_specks(part, run.threshold, min_size)[..., rows.start - top : rows.stop - top, :]
 
 
 def predict(
     run: Path | str,
     paths: list[Path | str],
     output: Path | str,
-    flips: bool = True,
+    flips: bool | str = True,
     device: str = "auto",
     truth: Path | str | None = None,
     gif: bool = False,
     quiet: bool = False,
+    min_size: int = 0,
+    max_pixels: int | None = None,
 ) -> list[Path]:
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
     A binary mask holds 0 and 255, or the two colours of the masks trained on. With several classes it holds class
     indices, shown in the colours of the masks trained on if those were in colours, `<stem>_color.png` shows them in
     colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
-    folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown. With
-    `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
-    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress. Returns the paths of the masks;
-    raises `UserError`, before anything is written, if input or output cannot be used.
+    folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown, and
+    if it is `rotations` also over quarter turns; regions below `min_size` pixels are left out, see `drop_specks`.
+    With `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
+    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress. Pictures of more than `images.LARGE`
+    pixels are predicted strip by strip and give tiled TIFFs, `<stem>_mask.tif` and `<stem>_probability.tif`; for
+    `max_pixels` see `open_image`. Returns the paths of the masks; raises `UserError`, before anything is written, if
+    input or output cannot be used.
     """
     images = find_inputs(paths)
     folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
@@ -123,21 +204,29 @@ def predict(
     config = opened.config
     meaning = MEANINGS.get(config.data.name) or wanted_meaning(config.data)
     truths = find_truths(images, truth, meaning) if truth else {}
+    flips, large = find_views(config, flips), set()
     for path in images:  # look at every input before the first output
-        size = read_image(path).shape[:2]
+        size = open_image(path, max_pixels).shape[:2]
+        large |= {path} if math.prod(size) > LARGE else set()
+        if path in large and (truth or gif):
+            raise UserError(f"{path}: is too large for error maps and animations: leave --truth and --gif out.")
         if path in truths and truths[path].shape != size:
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
     model = opened.model.to(target, memory_format=torch.channels_last)
-    flips = flips and config.augmentation.flips
     if config.model.num_classes > 1:
         names = class_names(config.data, config.model.num_classes)
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
         legend.legend(handles=class_handles(names), loc="center", frameon=False)
         write_whole(output / "legend.png", to_png(legend))
     for path in tqdm(images, desc="predict", unit="image", disable=quiet):
-        image = read_image(path)
+        image = open_image(path, max_pixels)
+        if path in large:
+            parts = predict_strips(opened, image, target, flips, min_size)
+            write_large(output / path.stem, parts, image.shape[:2], opened)
+            continue
         probability = predict_image(model, image, target, flips, config.data).cpu()
+        probability = drop_specks(probability, opened.threshold, min_size)
         mask, files = render(probability, opened)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
@@ -145,11 +234,11 @@ def predict(
             files[".gif"] = animate(frames(image, probability, mask))
         for ending, content in files.items():
             write_whole(output / (path.stem + ending), content)
-    return [output / f"{path.stem}_mask.png" for path in images]
+    return [output / f"{path.stem}_mask.{'tif' if path in large else 'png'}" for path in images]
 
 
 def predict_image(
-    model: nn.Module, image: np.ndarray, device: torch.device, flips: Flips = True, data: DataConfig | None = None
+    model: nn.Module, image: np.ndarray, device: torch.device, flips: bool | str = True, data: DataConfig | None = None
 ) -> Tensor:
     """`predict_probabilities` of a picture, see `read_image`, at its size, prepared as `data` or its defaults say."""
     data = data or DataConfig()
@@ -157,18 +246,55 @@ def predict_image(
     return predict_probabilities(model, torch.from_numpy(normalised).to(device), flips, size=image.shape[:2])
 
 
+def classify(probability: Tensor, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Class indices, uint8 (H, W), and the 16-bit probability of the class chosen (binary: of the foreground)."""
+    if probability.ndim == 2:
+        levels = quantise(probability).cpu().numpy().astype(np.uint16)
+        return (levels >= level(threshold)).astype(np.uint8), levels
+    best, chosen = probability.cpu().max(0)
+    return chosen.numpy().astype(np.uint8), quantise(best).numpy().astype(np.uint16)
+
+
+def drop_specks(probability: Tensor, threshold: float | None, min_size: int) -> Tensor:
+    """Probabilities without specks: connected regions of a class other than 0 of fewer than `min_size` pixels.
+
+    Pixels that touch at a corner are connected. A speck's pixels certainly have the class of the nearest pixel outside
+    specks: in a binary mask, background. Holes, which are regions of class 0, stay.
+    """
+    if min_size <= 1:
+        return probability
+    from scipy.ndimage import distance_transform_edt
+    from skimage.measure import label  # half a second, which only this should cost
+
+    classes = classify(probability, threshold)[0].astype(np.int64)
+    regions = label(classes, background=0, connectivity=2)
+    specks = (np.bincount(regions.ravel()) < min_size)[regions] & (regions > 0)
+    nearest = distance_transform_edt(specks, return_distances=False, return_indices=True)
+    specks, classes = (torch.from_numpy(array).to(probability.device) for array in (specks, classes[tuple(nearest)]))
+    certain = classes if probability.ndim == 2 else functional.one_hot(classes, len(probability)).movedim(-1, 0)
+    return torch.where(specks, certain.to(probability), probability)
+
+
 def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:
     """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending."""
-    palette = run.config.data.palette
-    if probability.ndim == 2:
-        levels = quantise(probability).numpy()
-        classes = (levels >= level(run.threshold)).astype(np.uint8)
-        files = {"_mask.png": to_png(classes, palette) if palette else to_png(classes * 255)}
-    else:
-        best, chosen = probability.max(0)
-        levels, classes = quantise(best).numpy(), chosen.numpy().astype(np.uint8)
-        files = {"_mask.png": to_png(classes, palette), "_color.png": to_png(colour_classes(classes, len(probability)))}
-    return classes, files | {"_probability.png": to_png(levels.astype(np.uint16))}
+    classes, levels = classify(probability, run.threshold)
+    palette, scale = run.config.data.palette, 255 if probability.ndim == 2 else 1
+    mask = to_png(classes, palette) if palette else to_png(classes * scale)
+    files = {"_mask.png": mask, "_probability.png": to_png(levels)}
+    if probability.ndim == 3:
+        files["_color.png"] = to_png(colour_classes(classes, len(probability)))
+    return classes, files
+
+
+def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[int, int], run: Run) -> None:
+    """Write mask and probability of a picture predicted in strips as tiled TIFFs; until then they lie on the disk."""
+    mask, levels = on_disk(size, np.uint8, stem.parent), on_disk(size, np.uint16, stem.parent)
+    for rows, part in parts:
+        mask[rows], levels[rows] = classify(part, run.threshold)
+        mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
+    for name, array in (("mask", mask), ("probability", levels)):
+        with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as file:
+            imwrite(file, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31)
 
 
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:

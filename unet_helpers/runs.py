@@ -8,16 +8,28 @@ import csv
 import datetime
 import io
 import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import repeat
+from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
+import tifffile
 import torch
 from torch import nn
 
+from unet_helpers.catalogue import class_names
 from unet_helpers.config import Config, UserError, dump_config, load_config, one_line, to_dict
-from unet_helpers.model import build_model
+from unet_helpers.model import Ensemble, build_model
 from unet_helpers.plots import plot_history, to_png
-from unet_helpers.system import make_folder, read_tensors, without_nan, write_tensors, write_whole
+from unet_helpers.sample_data import make_retina
+from unet_helpers.system import make_folder, read_tensors, without_nan, write_json, write_tensors, write_whole
 
 PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
 COLUMNS = (
@@ -28,12 +40,13 @@ COLUMNS = (
 
 @dataclass
 class Run:
-    """A trained network and what belongs to it."""
+    """A trained network, or an ensemble of them, and what belongs to it."""
 
     path: Path  # its folder
-    config: Config  # every setting it was trained with
-    model: nn.Module  # the network with its weights, in evaluation mode, on the CPU
-    metrics: dict  # the content of `metrics.json`
+    config: Config  # every setting it was trained with; of an ensemble, its first run's, but for flips and rotation
+    # In evaluation mode, on the CPU. `view_diameter` is that of the photographs it was trained on, in pixels, or None.
+    model: nn.Module
+    metrics: dict  # the content of `metrics.json`; of an ensemble also "runs", their names
 
     @property
     def threshold(self) -> float | None:
@@ -42,24 +55,85 @@ class Run:
 
 
 def load_run(path: Path | str) -> Run:
-    """Open a run folder; `UserError` if it, or a file in it, is missing, damaged or does not fit the settings."""
+    """Open a run folder, or a folder of them, an ensemble; `UserError` if it, or a file in it, is missing, damaged or
+    does not fit the settings, and if the runs of an ensemble do not go together.
+
+    An ensemble averages probabilities. Its threshold is the mean of its runs', until `evaluate` has chosen one.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: there is no such run folder; `python -m unet_helpers train` makes one.")
+    members = sorted(file.parent for file in path.glob("*/config.yaml"))
+    if members and not (path / "config.yaml").is_file():
+        return join_runs(path, [load_run(member) for member in members])
     missing = [name for name in ("config.yaml", "metrics.json", "model.safetensors") if not (path / name).is_file()]
     if missing:
         hint = "; its training was interrupted, `train --resume` finishes it" if (path / "state").is_dir() else ""
         raise UserError(f"{path}: this run folder lacks {', '.join(missing)}{hint}.")
     config = load_config(path / "config.yaml")
+    metrics = read_metrics(path, config)
+    model = load_network(path, config)
+    model.view_diameter = metrics.get("view_diameter")
+    return Run(path, config, model, metrics)
+
+
+def read_metrics(path: Path, config: Config) -> dict:
+    """The content of `metrics.json`; `UserError` if it cannot be used."""
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        threshold, _ = metrics["threshold"], dict(metrics.get("reads", {}))
+        threshold, _, _ = metrics["threshold"], dict(metrics.get("reads", {})), float(metrics.get("view_diameter") or 0)
         right = type(threshold) in (int, float) and 0 <= threshold <= 1
         if not (right if config.model.num_classes == 1 else threshold is None):
             raise ValueError("its threshold must be between 0 and 1, and null with several classes")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
-    return Run(path, config, load_network(path, config), metrics)
+    return metrics
+
+
+def join_runs(path: Path, runs: list[Run]) -> Run:
+    """The ensemble of runs that name and see things alike, with the mirror images and turns that all have seen."""
+    names, configs = [run.path.name for run in runs], [run.config for run in runs]
+    sizes = [run.model.view_diameter or 0 for run in runs]
+    what = "model.num_classes data.name data.labels data.normalisation data.longest_side"
+    alike = {attrgetter(*what.split())(config) for config in configs}
+    if len(alike) > 1 or max(sizes) > 1.1 * min(sizes):
+        raise UserError(
+            f"{path}: its runs are no ensemble, which needs equal {what} and view_diameter; name one of them."
+        )
+    flips = min((config.augmentation.flips for config in configs), key=[False, "horizontal", True].index)
+    rotation = min(config.augmentation.rotation for config in configs)
+    config = replace(configs[0], augmentation=replace(configs[0].augmentation, flips=flips, rotation=rotation))
+    metrics = {"threshold": None if runs[0].threshold is None else statistics.mean(run.threshold for run in runs)}
+    if (path / "metrics.json").is_file() and (own := read_metrics(path, config)).get("runs") == names:
+        metrics = own  # else it was chosen for other runs
+    seen = sorted({name for run in runs for name in run.metrics.get("training_images", [])})
+    model = Ensemble([run.model for run in runs]).eval()
+    model.view_diameter = statistics.mean(sizes) or None
+    return Run(path, config, model, metrics | {"runs": names, "training_images": seen})
+
+
+def export(run: Path | str, output: Path | str) -> None:
+    """Write a run as ONNX: `image`, float32 (B, 3, H, W) of any size, normalised, to `probability`, (B, 1 or K, H, W).
+
+    Its metadata hold, as JSON, `threshold`, `classes`, `normalisation` and `longest_side` (for `images.normalise` and
+    `shrink`) and `view_diameter`. Raises `UserError` for valid padding, or if run or output cannot be used.
+    """
+    opened, output = load_run(run), Path(output)
+    config = opened.config
+    if getattr(opened.model, "border", 0):
+        raise UserError(f"{run}: has model.padding valid, whose mirrored border ONNX lacks: export one with same.")
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
+        raise UserError(f"torch {torch.__version__} cannot export images of any size: update it to 2.9 or newer.")
+    make_folder(output.parent)
+    network = nn.Sequential(opened.model, nn.Sigmoid() if config.model.num_classes == 1 else nn.Softmax(1)).eval()
+    names = {"input_names": ["image"], "output_names": ["probability"]}
+    sizes, image = ({0: "batch", 2: "height", 3: "width"},), torch.randn(2, 3, 75, 101)
+    proto = torch.onnx.export(network, (image,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names).model_proto
+    known = {"threshold": opened.threshold, "classes": class_names(config.data, config.model.num_classes)}
+    known |= {"normalisation": config.data.normalisation, "longest_side": config.data.longest_side}
+    for key, value in (known | {"view_diameter": opened.model.view_diameter}).items():
+        proto.metadata_props.add(key=key, value=json.dumps(value))
+    write_whole(output, proto.SerializeToString())
 
 
 def load_network(run: Path, config: Config) -> nn.Module:
@@ -200,3 +274,29 @@ def read_history(path: Path | str) -> list[dict]:
         ]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a training history: {error}") from None
+
+
+LARGE_TRIAL = """
+import sys
+from unet_helpers import images, prediction
+from unet_helpers.system import peak_memory
+before, images.LARGE, prediction.LARGE, (run, picture, output) = peak_memory(), 0, 0, sys.argv[1:]
+prediction.predict(run, [picture], output, device="cpu", quiet=True)
+print(peak_memory() - before)
+"""
+
+
+def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
+    """Seconds that predicting a tiled TIFF of `side` × `side` pixels with flips takes on the CPU, reading and writing
+    included, and GiB above the imported program (not on Windows): in a process of its own, with a new network.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run, tile, started = Path(folder), make_retina(0, 256).image, time.perf_counter()
+        write_whole(run / "config.yaml", dump_config(config))
+        write_json(run / "metrics.json", {"threshold": 0.5})
+        write_tensors(run / "model.safetensors", build_model(config.model).state_dict())
+        options = {"dtype": np.uint8, "tile": (256, 256), "compression": "zlib", "photometric": "rgb"}
+        tifffile.imwrite(run / "in.tif", repeat(tile, math.ceil(side / 256) ** 2), shape=(side, side, 3), **options)
+        command = [sys.executable, "-c", LARGE_TRIAL, folder, str(run / "in.tif"), str(run / "out")]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return {"large_seconds": time.perf_counter() - started, "large_memory_gib": float(result.stdout)}

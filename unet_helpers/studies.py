@@ -10,8 +10,6 @@ import io
 import json
 import math
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +30,15 @@ from unet_helpers.plots import plot_arms, to_png
 from unet_helpers.prediction import predict_probabilities
 from unet_helpers.runs import load_run, read_history, result_settings
 from unet_helpers.scores import bootstrap_interval, dice, paired_difference, widened
-from unet_helpers.system import describe_device, find_device, write_whole
+from unet_helpers.system import (
+    clock,
+    describe_device,
+    find_device,
+    measure,
+    peak_memory,
+    spread,
+    write_whole,
+)
 from unet_helpers.training import make_accelerator, shared_batches, train, train_step
 
 ENOUGH_SEEDS = 5  # with fewer, nothing is called better
@@ -61,8 +67,8 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
     `starts_from: ARM` is optional.
     """
     path = Path(study) / "grid.yaml"
+    grid, arms = read_yaml(path), {}
     try:
-        grid, arms = read_yaml(path), {}
         for name, changes in grid["arms"].items():
             settings = {section: dict(grid.get("base", {}).get(section, {})) for section in SECTIONS}
             changes = dict(changes)
@@ -296,36 +302,3 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
         "predict_flips_seconds": timed(lambda: predict_probabilities(plain, image)),
         "peak_memory_gib": peak_memory(device),
     }
-
-
-def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
-    """The `spread` of the seconds that each of `steps` runs of `work` takes."""
-    seconds = []
-    for _ in range(warmup + steps):
-        started = clock(device)
-        work()
-        seconds.append(clock(device) - started)
-    return spread(np.array(seconds[warmup:]))
-
-
-def clock(device: torch.device) -> float:
-    """The time, once everything handed to the device has been done."""
-    getattr(torch, device.type).synchronize()  # on a CPU it does nothing
-    return time.perf_counter()
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Median and quartiles."""
-    return dict(zip(("median", "low", "high"), np.percentile(values, [50, 25, 75]).tolist(), strict=True))
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB of CUDA memory allocated at most; elsewhere of the whole process's memory, libraries included (Unix only)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

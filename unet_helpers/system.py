@@ -8,10 +8,14 @@ import errno
 import json
 import os
 import platform
+import re
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -79,6 +83,42 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
+    """The `spread` of the seconds that each of `steps` runs of `work` takes."""
+    seconds = []
+    for _ in range(warmup + steps):
+        started = clock(device)
+        work()
+        seconds.append(clock(device) - started)
+    return spread(np.array(seconds[warmup:]))
+
+
+def clock(device: torch.device) -> float:
+    """The time, once everything handed to the device has been done."""
+    getattr(torch, device.type).synchronize()  # on a CPU it does nothing
+    return time.perf_counter()
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median and quartiles."""
+    return dict(zip(("median", "low", "high"), np.percentile(values, [50, 25, 75]).tolist(), strict=True))
+
+
+def peak_memory(device: torch.device | None = None) -> float:
+    """GiB of CUDA memory allocated at most; elsewhere of the whole process's memory, libraries included (Unix only)."""
+    if device and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; unlike `getrusage` it forgets what the program used that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a safetensors file and its metadata; `UserError` if it is missing, cut short or something else."""
     try:
@@ -113,11 +153,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """
     # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.
     content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The place to write a file of any size, which becomes `path` at the end and is gone if that fails; see above."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:

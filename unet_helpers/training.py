@@ -29,6 +29,7 @@ from tqdm import tqdm
 from unet_helpers.config import IGNORE, Config, RunError, UserError, check_config
 from unet_helpers.datasets import TrainingPatches, WholeImages, settle
 from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
+from unet_helpers.images import view_diameter
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
 from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch, write_history
@@ -116,7 +117,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
             progress.epoch = epoch + 1
             speed = steps * settings.batch_size / (time.perf_counter() - started)
             close_epoch(rate, losses.item() / steps, speed, started)
-        metrics = finish(run, config, progress, accelerator, validation, patches.names)
+        metrics = finish(run, config, progress, accelerator, validation, patches)
         accelerator.end_training()
         return metrics
     except (UserError, RunError) as error:  # a loader worker's comes with its traceback before it
@@ -135,13 +136,16 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
 
 
 def finish(
-    run: Path, config: Config, progress: Progress, accelerator: Accelerator, validation: WholeImages, names: list[str]
+    run: Path, config: Config, progress: Progress, accelerator, validation: WholeImages, patches: TrainingPatches
 ) -> dict:
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
     metrics, device, num_classes = {}, accelerator.device, config.model.num_classes
     if accelerator.is_main_process:
         network = load_network(run, config).to(device, memory_format=torch.channels_last)
         native = WholeImages(validation.samples, config)
+        diameters = [view_diameter(patches.decoded[index][2]) or 0 for index in range(len(patches))]
+        alike = max(diameters) <= 1.1 * min(diameters)  # else, or without a round view, pictures keep their size
+        network.view_diameter = (float(np.median(diameters)) or None) if alike else None
         threshold = choose_threshold(network, native, device) if num_classes == 1 else None
         result = score_images(network, native, num_classes, device, threshold)
         metrics = {
@@ -150,7 +154,8 @@ def finish(
             "epochs": config.training.epochs,
             "steps": progress.history[-1]["step"],
             "parameters": count_parameters(network),
-            "training_images": names,
+            "training_images": patches.names,
+            "view_diameter": network.view_diameter,
             "seconds": round(sum(row["seconds"] for row in progress.history), 1),
             "device": describe_device(device),
             "processes": accelerator.num_processes,

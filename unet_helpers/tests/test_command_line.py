@@ -269,3 +269,14 @@ def test_output_that_nobody_reads_ends_quietly(trained_run):
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     assert process.wait(timeout=120) == 1
+
+
+def test_a_home_folder_behind_an_equals_sign_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parse(["predict", "run", "a.png", "--output=~/x"])
+    assert args.predict.output == str(tmp_path / "x")
+
+
+def test_rotations_and_no_flips_exclude_each_other(capsys):
+    assert main(["evaluate", "run", "--rotations", "--no-flips"]) == 2
+    assert "not allowed" in capsys.readouterr().err

@@ -300,3 +300,20 @@ def test_predictions_are_averaged_over_the_mirror_images_of_training_only(traine
     for index, probability in enumerate(expected):
         written = np.array(Image.open(tmp_path / "out" / f"{index}_probability.png")) / 65535
         np.testing.assert_allclose(written, probability, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"flips": "rotations", "min_size": 9}, {"flips": False, "min_size": 4}])
+def test_predict_and_evaluate_agree_on_every_option(trained_run, three_classes, tmp_path, options):
+    for run, number in ((trained_run, 1), (three_classes, 3)):
+        masks = [make_retina(index, 64).artery_vein for index in range(2)]
+        data = write_classes(tmp_path / str(number), masks if number == 3 else [np.minimum(m, 1) for m in masks])
+        scores = evaluate(run, data, **options)
+        predict(run, [tmp_path / str(number) / "test" / "images"], tmp_path / f"out{number}", quiet=True, **options)
+        said = [np.array(Image.open(path)) for path in sorted((tmp_path / f"out{number}").glob("*_mask.png"))]
+        said = np.stack(said) > 0 if number == 1 else np.stack(said)
+        truth = np.stack(masks)
+        truth = np.minimum(truth, 1) if number == 1 else truth
+        counted = sklearn.metrics.confusion_matrix(truth[truth != 255], said[truth != 255])
+        assert scores["correct"] == counted.trace()
+        assert scores["min_size"] == options["min_size"]
+        assert scores["correct"] != evaluate(run, data, flips=options["flips"])["correct"]

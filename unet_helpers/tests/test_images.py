@@ -4,10 +4,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 
+from unet_helpers import images
 from unet_helpers.catalogue import find_drive
 from unet_helpers.config import UserError
 from unet_helpers.images import (
@@ -18,6 +20,7 @@ from unet_helpers.images import (
     list_images,
     mask_meaning,
     normalise,
+    open_image,
     read_image,
     read_mask_values,
     statistics_inside,
@@ -345,3 +348,54 @@ def test_16_bit_masks_hold_indices_or_full_scale(tmp_path, ending):
     full = read_mask_values(save(tmp_path / f"f.{ending}", MASK.astype(np.uint16) * 65535))
     assert mask_meaning(set(np.unique(full))) == "binary"
     np.testing.assert_array_equal(decode_mask(full, "binary"), MASK)
+
+
+# ---- large pictures
+
+
+@pytest.mark.parametrize("options", [{"tile": (64, 48), "compression": "zlib"}, {"tile": (16, 16)}, {}])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_large_tiff_is_read_as_a_small_one_is(tmp_path, monkeypatch, options, channels):
+    values = np.random.default_rng(0).integers(0, 255, (100, 90, channels), dtype=np.uint8).squeeze()
+    form = {"photometric": "rgb" if channels > 1 else "minisblack"} | ({"extrasamples": [2]} if channels == 4 else {})
+    tifffile.imwrite(tmp_path / "a.tif", values, **form, **options)
+    expected = read_image(tmp_path / "a.tif")
+    monkeypatch.setattr(images, "LARGE", 1000)
+    found = open_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == (100, 90, 3)
+    assert (found.base is not None) == bool(options)  # a view of what lies on the disk
+
+
+def test_more_pixels_must_be_asked_for(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", np.ones((100, 90), np.uint8), tile=(16, 16))
+    tifffile.imwrite(tmp_path / "b.tif", np.ones((100, 90), np.uint8))
+    monkeypatch.setattr(images, "LARGE", 1000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(UserError, match="--max-pixels 9000"):
+        open_image(tmp_path / "a.tif")
+    assert open_image(tmp_path / "a.tif", 9000).shape == (100, 90, 3)
+    with pytest.raises(UserError, match="tiled TIFF"):
+        open_image(tmp_path / "b.tif", 9000)
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"a\.tif"):
+        open_image(tmp_path / "a.tif", 9000)
+
+
+def test_the_field_of_view_of_a_large_picture_is_that_of_a_small_one(monkeypatch):
+    retina = make_retina(2, (300, 330))
+    exact = field_of_view(retina.image)
+    monkeypatch.setattr(images, "VIEW_SIDE", 120)
+    rough = field_of_view(retina.image)
+    assert rough.shape == exact.shape
+    assert (rough == exact).mean() > 0.98
+    assert abs(images.view_diameter(rough) - images.view_diameter(exact)) <= 6
+    assert images.view_diameter(exact) == pytest.approx(0.95 * 300, abs=6)
+
+
+def test_statistics_do_not_depend_on_how_many_rows_are_summed_up_at_a_time(monkeypatch):
+    image, view = make_retina(2, (60, 70)).image, make_retina(2, (60, 70)).field_of_view
+    monkeypatch.setattr(images, "strips", lambda shape: [slice(0, 7), slice(7, 60)])
+    mean, deviation = statistics_inside(image, view)
+    np.testing.assert_allclose(mean, image[view].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(deviation, image[view].std(0), rtol=1e-6)

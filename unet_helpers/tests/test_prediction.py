@@ -1,18 +1,33 @@
+import json
+import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
+from unet_helpers import images, prediction
 from unet_helpers.catalogue import MEANINGS
-from unet_helpers.config import UserError
+from unet_helpers.config import AugmentationConfig, Config, UserError
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.evaluation import evaluate
 from unet_helpers.metrics import level
-from unet_helpers.model import UNet
-from unet_helpers.prediction import find_truths, mirror_border, predict, predict_logits, predict_probabilities
-from unet_helpers.runs import load_run
+from unet_helpers.model import UNet, mirror_border
+from unet_helpers.prediction import (
+    drop_specks,
+    find_truths,
+    find_views,
+    predict,
+    predict_image,
+    predict_logits,
+    predict_probabilities,
+    predict_strips,
+    scale_of,
+)  # fmt: skip
+from unet_helpers.runs import Run, load_run
 from unet_helpers.sample_data import make_retina
 
 
@@ -206,3 +221,147 @@ def test_ground_truth_in_the_form_of_a_public_set(tmp_path):
     assert find_truths([tmp_path / "b.png"], tmp_path / "b.png", MEANINGS["camvid"])[tmp_path / "b.png"].tolist() == [
         [0, 10, 255]
     ]
+
+
+@pytest.mark.parametrize("flips", [False, True, "all", "turns"])
+@pytest.mark.parametrize("settings", [{"norm": "batch"}, {"padding": "valid", "norm": "none"}])
+def test_strips_give_what_the_whole_picture_gives(settings, flips, monkeypatch):
+    monkeypatch.setattr(prediction, "STRIP", 56)
+    opened = Run(Path("run"), Config(), network(**settings), {"threshold": 0.5})
+    picture = np.random.default_rng(0).integers(0, 255, (131, 97, 3), dtype=np.uint8)
+    whole = predict_image(opened.model, picture, torch.device("cpu"), flips)
+    parts = list(predict_strips(opened, picture, torch.device("cpu"), flips, 0))
+    assert len(parts) > 2
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["view", "longest side"])
+def test_strips_of_a_picture_that_is_reduced_are_those_of_the_whole(kind, monkeypatch):
+    config, model = Config(), network(norm="none")
+    picture = make_retina(1, (150, 163)).image
+    if kind == "view":
+        model.view_diameter = 70.0
+    else:
+        config.data.longest_side = 64
+    monkeypatch.setattr(prediction, "STRIP", 56)
+    parts = predict_strips(Run(Path("run"), config, model, {"threshold": 0.5}), picture, torch.device("cpu"), False, 0)
+    whole = predict_image(model, picture, torch.device("cpu"), False, config.data)
+    difference = (torch.cat([part for _, part in parts]) - whole).abs()
+    assert difference.max() < 1e-5 if kind == "longest side" else difference.mean() < 0.03  # not reduced alike
+
+
+def test_quarter_turns_make_the_prediction_commute_with_them():
+    model, image = network(norm="none"), torch.randn(3, 32, 48)
+    turned = image.rot90(1, (1, 2))
+    for flips in ("turns", "all"):
+        averaged = predict_probabilities(model, image, flips)
+        torch.testing.assert_close(predict_probabilities(model, turned, flips), averaged.rot90(1))
+    plain = predict_probabilities(model, image, True)
+    assert not torch.allclose(predict_probabilities(model, turned, True), plain.rot90(1))
+
+
+def test_views_are_those_that_training_has_shown():
+    def config(flips, rotation):
+        return Config(augmentation=AugmentationConfig(flips=flips, rotation=rotation))
+
+    assert [find_views(config(True, 180), flips) for flips in (False, True, "rotations")] == [False, True, "all"]
+    assert find_views(config(False, 90), "rotations") == "turns"
+    with pytest.raises(UserError, match="rotations"):
+        find_views(config(True, 10), "rotations")
+
+
+def test_specks_are_removed_by_size():
+    """By hand: 3 pixels that touch at corners, 2 beside each other, a ring whose hole stays."""
+    said = np.zeros((9, 12), np.float32)
+    said[[0, 1, 2], [0, 1, 2]] = said[6, 1:3] = 0.9
+    said[4:8, 6:10] = 0.8
+    said[5, 7] = 0.1
+    cleaned = drop_specks(torch.from_numpy(said), 0.5, 3).numpy()
+    expected = said.copy()
+    expected[6, 1:3] = 0
+    np.testing.assert_array_equal(cleaned, expected)
+    assert (drop_specks(torch.from_numpy(said), 0.5, 16).numpy() < 0.5).all()
+    assert drop_specks(torch.from_numpy(said), 0.5, 0).numpy() is not None
+
+
+def test_a_speck_of_several_classes_takes_the_class_around_it():
+    classes = np.ones((7, 9), int)
+    classes[:, 6:] = 2
+    classes[3, 2:4] = 2
+    classes[0, 0] = 0
+    probability = torch.nn.functional.one_hot(torch.from_numpy(classes), 3).permute(2, 0, 1) * 0.4 + 0.2
+    cleaned = drop_specks(probability, None, 3)
+    expected = classes.copy()
+    expected[3, 2:4] = 1
+    np.testing.assert_array_equal(cleaned.argmax(0), expected)
+    torch.testing.assert_close(cleaned.sum(0), torch.ones(7, 9))
+
+
+def test_specks_are_the_same_in_strips(monkeypatch):
+    monkeypatch.setattr(prediction, "STRIP", 40)
+    picture = np.random.default_rng(1).integers(0, 255, (120, 70, 3), dtype=np.uint8)
+    model = network(norm="none")
+    whole = predict_image(model, picture, torch.device("cpu"), False)
+    threshold = float(whole.quantile(0.7))
+    opened = Run(Path("run"), Config(), model, {"threshold": threshold})
+    parts = torch.cat([part for _, part in predict_strips(opened, picture, torch.device("cpu"), False, 9)])
+    expected = drop_specks(whole, threshold, 9)
+    assert (expected != whole).sum() > 50
+    assert ((parts >= threshold) == (expected >= threshold)).float().mean() > 0.999  # but for rounding at the threshold
+
+
+@pytest.fixture
+def tiny_limit(monkeypatch):
+    for module in (images, prediction):
+        monkeypatch.setattr(module, "LARGE", 2000)
+
+
+def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, tmp_path, tiny_limit, monkeypatch):
+    picture, run = make_retina(3, (150, 133)).image, tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"view_diameter": None}))
+    tifffile.imwrite(tmp_path / "eye.tif", picture, tile=(64, 64), compression="zlib", photometric="rgb")
+    Image.fromarray(picture).save(tmp_path / "eye.png")
+    masks = predict(run, [tmp_path / "eye.tif"], tmp_path / "large", min_size=5, quiet=True)
+    assert masks == [tmp_path / "large" / "eye_mask.tif"]
+    again = predict(run, [tmp_path / "eye.png"], tmp_path / "png", min_size=5, quiet=True)
+    assert Image.open(again[0]).size == (133, 150)
+    with pytest.raises(UserError, match="--gif"):
+        predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", gif=True, quiet=True)
+    assert not (tmp_path / "gif").exists()
+    monkeypatch.setattr(prediction, "LARGE", 10**9)
+    predict(run, [tmp_path / "eye.png"], tmp_path / "small", min_size=5, quiet=True)
+    for name in ("mask", "probability"):
+        with tifffile.TiffFile(tmp_path / "large" / f"eye_{name}.tif") as file:
+            assert file.pages.first.is_tiled
+            assert file.pages.first.compression == 8
+            large = file.asarray()
+        small = np.array(Image.open(tmp_path / "small" / f"eye_{name}.png"))
+        assert large.dtype == (np.uint8 if name == "mask" else np.uint16)
+        np.testing.assert_allclose(large.astype(int), small.astype(int), atol=0 if name == "mask" else 2)
+    assert not [path for path in (tmp_path / "large").iterdir() if path.name.startswith(".")]
+
+
+def test_a_retina_twice_as_large_gives_nearly_the_same_mask():
+    opened = load_run(Path(__file__).parents[2] / "checkpoints" / "drive-cpu-20min")
+    small = np.pad(make_retina(5, (280, 270)).image, ((10, 10), (20, 20), (0, 0)))
+    large = cv2.resize(small, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
+    opened.model.view_diameter = float(images.view_diameter(images.field_of_view(small)))
+    masks = [predict_image(opened.model, image, torch.device("cpu"), False).numpy() >= 0.5 for image in (small, large)]
+    masks[1] = masks[1][::2, ::2]
+    overlap = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
+    assert masks[0].any()
+    opened.model.view_diameter = None
+    unscaled = predict_image(opened.model, large, torch.device("cpu"), False).numpy()[::2, ::2] >= 0.5
+    plain = 2 * (masks[0] & unscaled).sum() / (masks[0].sum() + unscaled.sum())
+    assert overlap > 0.85 > plain
+
+
+def test_a_field_of_view_of_about_the_right_size_is_left_as_it_is():
+    model, view = network(), np.zeros((100, 120), bool)
+    view[5:85, 20:101] = True
+    for diameter, factor in ((None, 1), (80.0, 1), (75.0, 1), (54.0, 54 / 81), (162.0, 2)):
+        model.view_diameter = diameter
+        assert scale_of(model, view) == factor
+    assert scale_of(model, np.ones((9, 9), bool)) == 1

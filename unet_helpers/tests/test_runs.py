@@ -1,15 +1,22 @@
 import json
 import shutil
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from unet_helpers import runs
-from unet_helpers.config import UserError
+from unet_helpers.catalogue import class_names
+from unet_helpers.config import AugmentationConfig, Config, ModelConfig, UserError
+from unet_helpers.datasets import WholeImages
+from unet_helpers.evaluation import choose_threshold, evaluate, samples_of
 from unet_helpers.model import build_model
-from unet_helpers.runs import COLUMNS, Progress, load_run, read_history
+from unet_helpers.prediction import predict_probabilities
+from unet_helpers.runs import COLUMNS, Progress, export, load_run, measure_large, read_history
+from unet_helpers.system import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -102,3 +109,81 @@ def test_a_history_reads_back_what_was_recorded(run):
     (run / "history.csv").write_text("epoch,step\nzero,1\n")
     with pytest.raises(UserError, match=r"history\.csv"):
         read_history(run / "history.csv")
+
+
+@pytest.fixture
+def ensemble(trained_run, tmp_path):
+    """The small run, and the same with other weights and another threshold."""
+    folder = tmp_path / "ensemble"
+    for name in ("a", "b"):
+        shutil.copytree(trained_run, folder / name)
+    tensors, _ = read_tensors(folder / "b" / "model.safetensors")
+    write_tensors(folder / "b" / "model.safetensors", {k: v if "num" in k else v * 0.8 for k, v in tensors.items()})
+    metrics = json.loads((folder / "b" / "metrics.json").read_text())
+    (folder / "b" / "metrics.json").write_text(json.dumps(metrics | {"threshold": 0.9}))
+    return folder
+
+
+def test_an_ensemble_averages_probabilities_and_thresholds(ensemble):
+    joined, *single = [load_run(path) for path in (ensemble, ensemble / "a", ensemble / "b")]
+    image = torch.randn(3, 37, 45)
+    mean = sum(predict_probabilities(run.model, image) for run in single) / 2
+    torch.testing.assert_close(predict_probabilities(joined.model, image), mean, rtol=0, atol=1e-6)
+    assert joined.threshold == (single[0].threshold + 0.9) / 2
+    assert joined.model.view_diameter == single[0].model.view_diameter > 0
+
+
+def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemble, trained_run):
+    metrics = json.loads((ensemble / "a" / "metrics.json").read_text())
+    (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics | {"training_images": ["val_000"]}))
+    with pytest.raises(UserError, match="trained on"):
+        evaluate(ensemble, split="val")
+    (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics))
+    before = load_run(ensemble).threshold
+    scores = evaluate(ensemble, split="val", save=True)
+    opened = load_run(ensemble)
+    assert opened.threshold == scores["threshold"] != before
+    images = WholeImages(samples_of(opened.config, "val"), opened.config)
+    assert choose_threshold(opened.model, images, torch.device("cpu")) == opened.threshold
+    assert evaluate(ensemble)["threshold"] == opened.threshold
+    shutil.copytree(trained_run, ensemble / "c")  # now it is another ensemble
+    assert load_run(ensemble).threshold == pytest.approx((2 * load_run(trained_run).threshold + 0.9) / 3)
+
+
+def test_runs_that_do_not_go_together_are_no_ensemble(ensemble, three_classes):
+    shutil.copytree(three_classes, ensemble / "c")
+    with pytest.raises(UserError, match=r"model\.num_classes"):
+        load_run(ensemble)
+
+
+@pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 9), reason="needs torch 2.9")
+def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path):
+    export(trained_run, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    opened = load_run(trained_run)
+    for shape in ((1, 3, 37, 45), (2, 3, 64, 64), (3, 3, 101, 17), (1, 3, 1, 1)):
+        image = torch.randn(shape)
+        with torch.inference_mode():
+            expected = opened.model(image).sigmoid().numpy()
+        np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], expected, rtol=0, atol=1e-4)
+    known = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert known["threshold"] == opened.threshold
+    assert known["classes"] == class_names(opened.config.data, 1)
+    assert known["normalisation"] == "image"
+    assert known["view_diameter"] == opened.model.view_diameter
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_valid_padding_is_not_exported(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("padding: same", "padding: valid"))
+    with pytest.raises(UserError, match="valid"):
+        export(tmp_path / "run", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_large_picture_takes_little_memory():
+    """In reduced size: as floats alone, image and what is computed from it take 0.2 GiB, and the network as much."""
+    config = Config(model=ModelConfig(widths=(2,)), augmentation=AugmentationConfig(flips=False))
+    assert 0 < measure_large(config, side=2000)["large_memory_gib"] < 0.25

@@ -169,7 +169,7 @@ def test_committed_rows_belong_to_their_grid(study):
 
 
 def test_damaged_files_are_named(study, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"grid\.yaml: there is no such file"):
+    with pytest.raises(UserError, match=r"grid\.yaml: there is no such settings file"):
         load_grid(tmp_path / "none")
     (study / "rows.csv").write_text("arm,seed,settings\nplain,zero,x\n")
     with pytest.raises(UserError, match=r"rows\.csv: cannot be read"):
