@@ -227,7 +227,7 @@ def predict(
             continue
         probability = predict_image(model, image, target, flips, config.data).cpu()
         probability = drop_specks(probability, opened.threshold, min_size)
-        mask, files = render(probability, opened)
+        mask, files = render(probability, opened.threshold, config.data.palette)
         if path in truths:
             files["_errors.png"] = to_png(error_map(mask, truths[path]))
         if gif:
@@ -275,11 +275,16 @@ def drop_specks(probability: Tensor, threshold: float | None, min_size: int) -> 
     return torch.where(specks, certain.to(probability), probability)
 
 
-def render(probability: Tensor, run: Run) -> tuple[np.ndarray, dict[str, bytes]]:
-    """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending."""
-    classes, levels = classify(probability, run.threshold)
-    palette, scale = run.config.data.palette, 255 if probability.ndim == 2 else 1
-    mask = to_png(classes, palette) if palette else to_png(classes * scale)
+def render(
+    probability: Tensor, threshold: float | None = None, palette: tuple[str, ...] | None = None
+) -> tuple[np.ndarray, dict[str, bytes]]:
+    """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending.
+
+    For `palette` see `config.data.palette`; without one a binary mask is black and white.
+    """
+    classes, levels = classify(probability, threshold)
+    scale = 255 if probability.ndim == 2 and not palette else 1
+    mask = to_png(classes * scale, palette)
     files = {"_mask.png": mask, "_probability.png": to_png(levels)}
     if probability.ndim == 3:
         files["_color.png"] = to_png(colour_classes(classes, len(probability)))
