@@ -22,15 +22,28 @@ def test_the_table_holds_the_numbers_of_the_reference_run():
     assert "{:.4f} to {:.4f}".format(*scores["dice_ci95"]) in TEXT
 
 
-def test_the_reference_run_is_whole_and_its_parts_agree():
-    assert all((RUN / name).is_file() for name in PUBLISHED)
-    opened = load_run(RUN)
-    history = read_history(RUN / "history.csv")
+def test_the_table_of_classes_holds_the_numbers_of_the_run_on_rite():
+    scores = json.loads((ROOT / "checkpoints" / "rite" / "metrics.json").read_text())["test"]
+    for index, name in ((1, "artery"), (2, "vein")):
+        assert scores["classes"][index] == name
+        dice, *rest = (f"{scores['per_class'][key][index]:.4f}" for key in ("dice", "sensitivity", "precision"))
+        interval = "{:.4f} to {:.4f}".format(*scores["per_class_dice_ci95"][index])
+        assert f"| {name} | {' | '.join([dice, interval, *rest])} |" in TEXT
+    _, (_, *artery), (_, *vein) = scores["confusion"]
+    assert f"{artery[0] / sum(artery):.0%} of an\nartery's pixels and {vein[1] / sum(vein):.0%} of a vein's" in TEXT
+
+
+@pytest.mark.parametrize("name", ["drive-cpu-20min", "rite"])
+def test_a_reference_run_is_whole_and_its_parts_agree(name):
+    run = ROOT / "checkpoints" / name
+    assert all((run / file).is_file() for file in PUBLISHED)
+    opened = load_run(run)
+    history = read_history(run / "history.csv")
     assert count_parameters(opened.model) == opened.metrics["parameters"] <= 600_000
     assert opened.metrics["best_epoch"] == max(history, key=lambda row: row["val_dice"])["epoch"]
     assert opened.metrics["steps"] == history[-1]["step"]
     assert opened.config.data.root == "data"
-    assert count_parameters(build_model(load_config(RUN / "config.yaml").model)) == opened.metrics["parameters"]
+    assert count_parameters(build_model(load_config(run / "config.yaml").model)) == opened.metrics["parameters"]
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python -m unet_helpers (.*?)(?: +#.*)?$", TEXT, re.MULTILINE))
