@@ -22,6 +22,15 @@ def test_the_table_holds_the_numbers_of_the_reference_run():
     assert "{:.4f} to {:.4f}".format(*scores["dice_ci95"]) in TEXT
 
 
+def test_the_model_card_holds_the_numbers_of_its_run():
+    scores = json.loads((RUN / "metrics.json").read_text())["test"]
+    images = scores["per_image_dice"].values()
+    cells = [f"{scores['dice']:.4f}", "{:.4f} to {:.4f}".format(*scores["dice_ci95"])]
+    cells += [f"{scores[name]:.4f}" for name in ("roc_auc", "sensitivity", "specificity")]
+    cells.append(f"{min(images):.4f} and {max(images):.4f}")
+    assert f"| {' | '.join(cells)} |" in (RUN / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_classes_holds_the_numbers_of_the_run_on_rite():
     scores = json.loads((ROOT / "checkpoints" / "rite" / "metrics.json").read_text())["test"]
     for index, name in ((1, "artery"), (2, "vein")):
