@@ -107,7 +107,7 @@ def read_list(path: Path) -> list[Pair]:
         cells = {name: (cell or "").strip() for name, cell in row.items() if name is not None}  # None: too many cells
         split = cells.get("split", "").lower()
         if split and split not in SPLIT_OF:
-            raise UserError(f"{place}: there is no split `{split}`: name train, val or test, or leave it empty")
+            raise UserError(f"{place}: there is no split `{one_line(split)}`: name train, val, test, or nothing")
         image, mask = (_listed(path, cells[name], place) for name in ("image", "mask"))
         view = _listed(path, cells["field_of_view"], place) if cells.get("field_of_view") else None
         folders = image.relative_to(path.parent).parts[:-1]
@@ -121,10 +121,11 @@ def _listed(table: Path, name: str, place: str) -> Path:
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         full = os.path.abspath(os.path.join(home, form))
         if not Path(full).is_relative_to(home):
-            raise UserError(f"{place}: {name} lies outside {table.parent}: move the list above all files it names")
+            problem = f"{one_line(name)} lies outside {table.parent}"
+            raise UserError(f"{place}: {problem}: move the list above all files it names")
         if os.path.isfile(full):
             return table.parent / os.path.relpath(full, home)
-    raise UserError(f"{place}: there is no file `{name}`: paths start from the folder of the list")
+    raise UserError(f"{place}: there is no file `{one_line(name)}`: paths start from the folder of the list")
 
 
 def _place(folder: Path) -> tuple[bool, tuple[str, ...]]:

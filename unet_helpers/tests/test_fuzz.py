@@ -39,7 +39,7 @@ from unet_helpers.studies import format_study, load_grid, read_rows, summarise_s
 COUNTS = {
     "photographs": 400, "masks": 400, "colour labels": 240, "config.yaml": 300, "grid.yaml": 200, "rows.csv": 200,
     "history.csv": 200, "metrics.json": 200, "model.safetensors": 200, "last.safetensors": 200, "cache": 240,
-    "nyuv2": 240, "names": 200, "arguments": 200,
+    "nyuv2": 240, "names": 200, "lists": 240, "arguments": 200,
 }  # fmt: skip
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (21, 30, 3), dtype=np.uint8)
@@ -411,6 +411,32 @@ def test_histories(tmp_path, trained_run):
                 assert set(row) >= {"epoch", "val_dice", "train_loss", "val_loss"}
 
         verdicts.append(refused(look, "history.csv"))
+    assert {True, False} == set(verdicts)
+
+
+def test_lists_of_images(tmp_path):
+    """Nothing outside the list's folder is opened, whatever the list says, though there is a picture to be had."""
+    (tmp_path / "set").mkdir()
+    for stem in ("a", "b", "c", "../secret"):
+        (tmp_path / "set" / f"{stem}.png").write_bytes(encoded(Image.fromarray(PHOTO), "PNG"))
+        (tmp_path / "set" / f"{stem}_mask.png").write_bytes(encoded(Image.fromarray(MASK * 255), "PNG"))
+    rows = ["image,mask,field_of_view,group,split", "a.png,a_mask.png,,one,train", "b.png,b_mask.png,,two,val"]
+    text = "\n".join([*rows, "c.png,c_mask.png,,three,test", ""])
+    table, verdicts, half = tmp_path / "set" / "pairs.csv", [], COUNTS["lists"] // 2
+    outside = ["../secret.png", str(tmp_path / "secret.png"), "x/../../secret.png", "..\\secret.png", "/etc/passwd"]
+    climbing = [text.replace(cell, name, 1).encode() for cell in ("a.png", "c_mask.png") for name in outside]
+    damaged = [*mutants(text.encode(), half, 16, len(text)), *changed_table(text, half, 17)]
+    for content in climbing + damaged:
+        table.write_bytes(content)
+
+        def look():
+            for sample in find_samples(DataConfig("folder", str(tmp_path / "set"), val_share=0, test_share=0)):
+                assert Path(sample.image).resolve().is_relative_to(table.parent)
+                assert Path(sample.mask).resolve().is_relative_to(table.parent)
+                load_sample(sample)
+
+        verdicts.append(refused(look, "set"))
+    assert all(verdicts[: len(climbing)])
     assert {True, False} == set(verdicts)
 
 
