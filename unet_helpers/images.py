@@ -6,6 +6,7 @@ A photograph is made of colours (`read_image`); a mask is made of numbers, howev
 
 import logging
 import math
+import mmap
 import shutil
 import tempfile
 from collections import Counter
@@ -130,6 +131,14 @@ def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = Non
         raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Take what was touched of an array `on_disk` out of memory, where the system can; on the disk it stays."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def strips(shape: tuple[int, ...], height: int = STRIP) -> list[slice]:

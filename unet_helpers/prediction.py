@@ -25,6 +25,7 @@ from unet_helpers.images import (
     decode_mask,
     field_of_view,
     is_coloured,
+    let_go,
     list_images,
     normalise,
     on_disk,
@@ -155,6 +156,7 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
     statistics = statistics_inside(picture, view)
     margin, core = tiling(model, STRIP, spare=model.stride)  # what `odd` takes away is less than a stride
     for rows in strips(picture.shape, core):
+        let_go(picture)
         # A region of fewer than `min_size` pixels spans fewer rows.
         top, bottom = max(rows.start - min_size, 0), min(rows.stop + min_size, height)
         if small is not None:
@@ -297,6 +299,8 @@ def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[i
     for rows, part in parts:
         mask[rows], levels[rows] = classify(part, run.threshold)
         mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
+        let_go(mask)
+        let_go(levels)
     for name, array in (("mask", mask), ("probability", levels)):
         with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as file:
             imwrite(file, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31)

@@ -17,9 +17,11 @@ from unet_helpers.images import (
     field_of_view,
     find_palette,
     is_coloured,
+    let_go,
     list_images,
     mask_meaning,
     normalise,
+    on_disk,
     open_image,
     read_image,
     read_mask_values,
@@ -399,3 +401,17 @@ def test_statistics_do_not_depend_on_how_many_rows_are_summed_up_at_a_time(monke
     mean, deviation = statistics_inside(image, view)
     np.testing.assert_allclose(mean, image[view].mean(0), rtol=1e-6)
     np.testing.assert_allclose(deviation, image[view].std(0), rtol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_what_is_let_go_leaves_memory_and_keeps_its_values(tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    array = on_disk((4000, 8000), np.uint8, tmp_path)
+    array[:] = np.arange(8000) % 251
+    before = resident()
+    let_go(array[10:].T)  # a view will do
+    assert before - resident() > 0.9 * array.nbytes
+    assert (array[3999] == np.arange(8000) % 251).all()
+    let_go(np.zeros(3))  # nothing to let go of
