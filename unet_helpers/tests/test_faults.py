@@ -116,6 +116,7 @@ def test_a_run_killed_at_any_of_many_moments_ends_with_the_same_weights(config, 
             finished += 1
             run = tmp_path / str(finished)
     assert kills >= 20
+    assert finished >= 3
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -39,7 +39,7 @@ from unet_helpers.studies import format_study, load_grid, read_rows, summarise_s
 COUNTS = {
     "photographs": 400, "masks": 400, "colour labels": 240, "config.yaml": 300, "grid.yaml": 200, "rows.csv": 200,
     "history.csv": 200, "metrics.json": 200, "model.safetensors": 200, "last.safetensors": 200, "cache": 240,
-    "nyuv2": 240, "names": 200, "lists": 240, "arguments": 200,
+    "nyuv2": 240, "names": 200, "lists": 240, "arguments": 250,
 }  # fmt: skip
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (21, 30, 3), dtype=np.uint8)
@@ -800,8 +800,9 @@ def test_command_lines(tmp_path, trained_run, monkeypatch, capsys):
     for number, base in zip(range(COUNTS["arguments"]), itertools.cycle(LINES), strict=False):
         words, odd = base.split(" "), WORDS[(number // len(LINES) + number % len(LINES) * 29) % len(WORDS)]
         place = int(rng.integers(1, len(words) + 1))
-        words[place : place + (number % 3 == 0)] = [odd]  # put in, or in another's place
-        if number % 8 == 7:
+        if number % 5 < 4:  # each fifth stays as it is: 200 odd ones, and 50 that must be understood
+            words[place : place + (number % 3 == 0)] = [odd]  # put in, or in another's place
+        if number % 8 == 7 and number % 5 < 4:
             del words[int(rng.integers(len(words)))]
         try:
             codes.append(command_line.main(words))
@@ -814,5 +815,5 @@ def test_command_lines(tmp_path, trained_run, monkeypatch, capsys):
             assert captured.err.count("\n") == 1
             for leak in ("Parser key", "<class", "typing.", "Union", "Traceback", "class_path"):
                 assert leak not in captured.err.split(odd or "\0")[0], captured.err
-    assert codes.count(0) > COUNTS["arguments"] / 20
+    assert codes.count(0) > COUNTS["arguments"] / 5
     assert codes.count(2) > COUNTS["arguments"] / 5
