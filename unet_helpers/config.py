@@ -191,12 +191,12 @@ SECTIONS = {"data": DataConfig, "augmentation": AugmentationConfig, "model": Mod
 
 # What types cannot express: settings, when a value x of theirs is right, and how to say so.
 RULES = [
-    ("training.epochs training.batch_size model.num_classes", lambda x: x >= 1, "at least 1"),
+    ("training.epochs training.batch_size", lambda x: x >= 1, "at least 1"),
     ("augmentation.patch_size", lambda x: min(x if isinstance(x, tuple) else [x]) >= 1, "at least 1 pixel a side"),
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),
-    ("data.train_limit training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null for all images"),
+    ("data.train_limit training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null to take all images"),
     ("training.encoder_rate", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.longest_side", lambda x: x >= 32, "at least 32 pixels, or null for native size"),
     ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
@@ -212,6 +212,7 @@ RULES = [
     ("data.folds", lambda x: x == 0 or x >= 2, "0 (one split) or at least 2"),
     ("data.sample_images", lambda x: min(x) >= 1, "three numbers of at least 1"),
     ("data.sample_size", lambda x: x >= 32, "at least 32 pixels"),
+    ("model.num_classes", lambda x: x >= 1, "1 (binary) or the number of classes"),
     ("model.in_channels", lambda x: x == 3, "3, because images are read as RGB"),
     ("model.widths", lambda x: len(x) >= 1 and min(x) >= 1, "one positive number a level"),
 ]
@@ -319,8 +320,9 @@ def read_yaml(path: Path | str) -> object:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such settings file.") from None
-    # Odd !!tags raise nearly anything; too deep a nesting, a RecursionError.
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as YAML: it is nested too deeply.") from None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:  # odd !!tags
         raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
 
 
