@@ -1,16 +1,15 @@
 """The command line: `python -m unet_helpers prepare|train|evaluate|predict|export|benchmark|study`.
 
-Every setting of a run is a flag that is called as in `config.yaml`: `--training.epochs 20`. A YAML file given with
-`--config` is read first, and flags win. Exit codes: 0; 1 for a failure while running; 2 for wrong input or settings;
-130 when interrupted.
+Every setting of a run is a flag, called as in `config.yaml`: `--training.epochs 20`. A YAML file given with `--config`
+is read first, and flags win. Exit codes: 0; 1 failed while running; 2 wrong input or settings; 130 interrupted.
 """
 
-import datetime
 import json
 import os
 import signal
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -58,8 +57,7 @@ def train_command(args: Namespace) -> None:
     if args.run and args.resume:
         raise UserError("--run starts a new run and --resume goes on with one: give one of them.")
     config = from_parsed(args.as_dict())
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = args.resume or args.run or f"checkpoints/{config.data.name}-{stamp}"
+    run = args.resume or args.run or f"checkpoints/{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
     metrics = train(config, run, resume=bool(args.resume))
     if metrics:  # on the main process
         threshold = "" if metrics["threshold"] is None else f", threshold {metrics['threshold']}"
@@ -107,8 +105,6 @@ def benchmark_command(args: Namespace) -> None:
     from unet_helpers.runs import measure_large
     from unet_helpers.studies import benchmark
 
-    if min(args.size) < 1 or args.steps < 1:
-        raise UserError("--size and --steps must be at least 1.")
     config = from_parsed(args.as_dict())
     large = measure_large(config) if args.large else {}
     report(benchmark(config, tuple(args.size), args.steps) | large, args.json)
@@ -164,15 +160,14 @@ def make_parsers() -> dict[str, Parser]:
     predict.add_argument("paths", nargs="+", help="image files or folders of them")
     predict.add_argument("--output", help="where to write; by default predictions/RUN")
     predict.add_argument("--truth", help="ground truth, a folder of masks: also writes error maps")
-    predict.add_argument(
-        "--max-pixels", type=PositiveInt, help="open tiled TIFFs of up to so many, if over 179 million"
-    )
+    predict.add_argument("--max-pixels", type=PositiveInt, help="open tiled TIFFs of over 179 million, up to so many")
     predict.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
 
     export.add_argument("--output", help="the file to write; by default RUN.onnx")
-    benchmark.add_argument("--size", type=tuple[int, int], default=(584, 565), help="height, width of image to predict")
+    sides = tuple[PositiveInt, PositiveInt]
+    benchmark.add_argument("--size", type=sides, default=(584, 565), help="height, width of image to predict")
     benchmark.add_argument("--large", action="store_true", help="also predict 8000 x 8000 pixels on the CPU: minutes")
-    benchmark.add_argument("--steps", type=int, default=12, help="how often everything is measured")
+    benchmark.add_argument("--steps", type=PositiveInt, default=12, help="how often everything is measured")
     study.add_argument("study", help="folder with a grid.yaml, such as checkpoints/study-encoder")
     study.add_argument("--arms", nargs="+", help="train only these; the table shows all")
     for parser in (evaluate, benchmark):

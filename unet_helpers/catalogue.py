@@ -19,10 +19,10 @@ from unet_helpers.pairing import SPLITS, Pair, pair_by_name
 NYUV2_FILE = "nyu_depth_v2_labeled.mat"
 CARVANA_FOLDERS = ("train", "train_images", "val_images", "test_images")  # beside `train_hq`, and `test` without masks
 TABLES = json.loads((Path(__file__).parent / "catalogue.json").read_text(encoding="utf-8"))  # texts and class maps
-HOW_TO_GET, CLASS_NAMES = TABLES["how_to_get"], TABLES["class_names"]
 # `to_40` of labels 1 to 894 (Gupta et al. 2013), `to_13` of 1 to 40 (Couprie et al. 2013), `names_40`, `names_13`, and
 # `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
-NYUV2 = TABLES["nyuv2"]
+HOW_TO_GET, NYUV2 = TABLES["how_to_get"], TABLES["nyuv2"]
+CLASS_NAMES = TABLES["class_names"] | {"nyuv2-13": NYUV2["names_13"], "nyuv2-40": NYUV2["names_40"]}
 # RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
 RITE_COLOURS = Colours({0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE})
 CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
@@ -31,12 +31,8 @@ MEANINGS = {"drive": "binary", "rite": RITE_COLOURS, "carvana": "binary", "camvi
 
 def class_names(config: DataConfig, num_classes: int) -> list[str]:
     """Names of the classes of a data set, `class 0`, `class 1`, ... where they are not known."""
-    if config.name.startswith("nyuv2"):
-        names = NYUV2["names_" + config.name[-2:]]
-    else:
-        labels = {"sample": config.labels, "drive": "vessels", "rite": "artery_vein"}.get(config.name, config.name)
-        names = CLASS_NAMES.get(labels, [])
-    count = max(2, num_classes)
+    labels = {"sample": config.labels, "drive": "vessels", "rite": "artery_vein"}.get(config.name, config.name)
+    names, count = CLASS_NAMES.get(labels, []), max(2, num_classes)
     return names if len(names) == count else [f"class {index}" for index in range(count)]
 
 

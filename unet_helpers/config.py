@@ -14,7 +14,6 @@ from typing import Literal, get_type_hints
 
 import yaml
 
-Flips = bool | Literal["horizontal"]
 IGNORE = 255  # mask value of a pixel that is neither trained on nor scored
 
 
@@ -85,7 +84,7 @@ class AugmentationConfig:
     """
 
     patch_size: int | tuple[int, int] = 128
-    flips: Flips = True
+    flips: bool | Literal["horizontal"] = True
     rotation: float = 180.0
     scale: tuple[float, float] = (0.78, 1.28)
     elastic: float = 0.0
@@ -197,18 +196,16 @@ RULES = [
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm training.dice_weight", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),
-    ("data.train_limit", lambda x: x >= 1, "at least 1 image, or null for all"),
+    ("data.train_limit training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null to take all images"),
     ("training.encoder_rate", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("training.encoder_frozen", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("data.longest_side", lambda x: x >= 32, "at least 32 pixels, or null for native size"),
     ("training.warmup training.ema_decay model.dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ("augmentation.brightness augmentation.contrast", lambda x: 0 <= x <= 1, "between 0 and 1"),
-    ("augmentation.elastic augmentation.noise", lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ("augmentation.elastic augmentation.noise training.encoder_frozen", lambda x: 0 <= x <= 1, "between 0 and 1"),
     ("augmentation.gamma", lambda x: 0 <= x <= 0.99, "between 0 and 0.99"),
     ("augmentation.rotation", lambda x: 0 <= x <= 180, "between 0 and 180 degrees"),
     ("augmentation.scale", lambda x: 0 < x[0] <= x[1] < math.inf, "two positive numbers, the smaller one first"),
     ("training.learning_rate", lambda x: 0 < x < math.inf, "a positive number"),
-    ("training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null for one pass over the images"),
     ("data.root", bool, "a folder"),
     ("data.palette", lambda x: re.fullmatch("(#[0-9a-f]{6} )+", " ".join([*x, ""])), "like '#00ff7f', or null"),
     ("data.palette", lambda x: len(set(x)) == len(x) <= 254, "at most 254 colours, each once, or null"),
@@ -253,16 +250,18 @@ def to_dict(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def from_dict(settings: dict, source: str) -> Config:
+def from_dict(settings: object, source: str) -> Config:
     """Build a checked configuration from nested dictionaries; settings left out take their defaults.
 
-    Raises `UserError` for an unknown key, a wrong type or a value out of range; `source` says where it came from.
+    `UserError` begins with `source` and names an unknown key, a wrong type or a value out of range.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config)
     try:
+        if not isinstance(settings, dict):
+            raise UserError("must hold settings of the form `name: value`, as a run's config.yaml does.")
         for key, value in settings.items():
             if key != "seed" and key not in SECTIONS:
                 raise UserError(f"`{key}` is no setting; there are seed, {', '.join(SECTIONS)}.")
@@ -294,10 +293,7 @@ def from_parsed(values: dict) -> Config:
 
 def load_config(path: Path | str) -> Config:
     """Read a YAML file of settings; raise `UserError` if it is missing, no YAML, or a setting is wrong."""
-    settings = read_yaml(path)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must hold settings of the form `name: value`, as a run's config.yaml does.")
-    return from_dict(settings, str(path))
+    return from_dict(read_yaml(path), str(path))
 
 
 class _Loader(yaml.SafeLoader):

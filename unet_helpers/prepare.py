@@ -1,8 +1,7 @@
 """Make sure that a data set is there and sound before anybody trains on it, and write down who is in which split.
 
 Every image and mask is opened: what is missing, damaged, of another size or oddly valued comes out here, with the
-file's name, and not in the middle of the night in epoch 17; a sheet of images under their masks shows what no program
-sees. `expand_offline` is the old way of augmenting.
+file's name, and not at night in epoch 17. `expand_offline` is the old way of augmenting.
 """
 
 import csv
@@ -40,9 +39,9 @@ MAX_ANGLE = 45.0  # degrees
 def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     """Check every file of a data set, write `<output>/<name>_{train,val,test}.csv`, and return a report of a few lines.
 
-    `<output>/<name>_sheet.png` shows a dozen images with their masks; `pairing.read_list` reads lists above all files.
-    Nothing is written before all is checked; `download` fetches DRIVE from Kaggle if it is not below `config.root`.
-    Raises `UserError`, naming the file and what is wrong with it, or saying what to download where.
+    `<output>/<name>_sheet.png` shows a dozen images under their masks, for what no program sees. Nothing is written
+    before all is checked; `download` fetches DRIVE from Kaggle if it is not below `config.root`. `UserError` names the
+    file and what is wrong with it, or says what to download where.
     """
     check_config(Config(data=config))
     root, output = Path(config.root).expanduser(), Path(output)
@@ -99,8 +98,8 @@ def _listed(path: str | None, folder: Path) -> str | None:
     return os.path.relpath(full, home) if path and Path(full).is_relative_to(home) else path
 
 
-def _some(items: list[str], count: int = 3) -> str:
-    return "; ".join(items[:count]) + (f"; and {len(items) - count} more" if len(items) > count else "")
+def _some(items: list[str]) -> str:
+    return "; ".join(items[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def _next(config: DataConfig, num_classes: int) -> list[str]:
@@ -167,13 +166,12 @@ def _download_drive(root: Path) -> None:
 
 
 def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str:
-    """Write a data set four times as large as `{train,test}/{image,mask}`, all PNG; test images once, unchanged.
+    """Write a data set four times as large as `{train,test}/{image,mask}`, all PNG, and return one line about it.
 
-    The original, both its flips and a rotation (`seed` draws its angle) turn DRIVE's 20 training images into 80.
-    Training and validation images both go to `train`: with `data.name=folder` and `data.val_share=0.15`, 3 of the 20
-    originals validate with all their copies, 12 of 80. Copies are named `<original>__<change>`, by which the folder
-    data set keeps them in their original's group, out of the training images. Masks hold class indices and 255.
-    `output` must not exist yet or be empty, and is written whole or not at all. Returns one line on what was written.
+    The original, both its flips and a rotation (`seed` draws its angle) turn DRIVE's 20 training images, validation
+    included, into 80; test images stay as they are. Copies are named `<original>__<change>`, so that the folder data
+    set keeps them in one group: with `data.val_share=0.15`, 3 originals validate with all their copies, 12 of 80. Masks
+    hold class indices and 255. `output` must be empty or not exist yet, and is written whole or not at all.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

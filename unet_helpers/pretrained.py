@@ -22,15 +22,14 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each 
 class PretrainedNet(nn.Module):
     """The network `config` names: images (B, in_channels, H, W) to logits (B, num_classes, H, W) for any H and W.
 
-    Of the settings, `architecture`, `encoder`, `encoder_weights`, `full_resolution_skip`, `in_channels` and
-    `num_classes` count. The weights are None (random), `imagenet` (downloaded, or from the download cache), or a file
-    (.safetensors, or .pth) with an encoder's state_dict as torchvision, timm or smp publish it.
+    The encoder's weights are None (random), `imagenet` (downloaded, or from the download cache), or a file (.pth or
+    .safetensors) with its state_dict as torchvision, timm or smp publish it. `UserError` if they cannot be loaded, or
+    architecture and encoder are unknown or do not go together.
 
     Attributes are those of `UNet` with `same` padding, `net`, the network as smp built it, and with the full-resolution
     skip `detail` and `join`: smp's encoders see the image at half size first, so its `Unet` has no skip connection at
-    full size; here a double convolution of the image is one, joined to the decoder's end. `receptive_field_radius`
-    is a guide for overlapping tiles only: most encoders see the whole image, but give little weight to what is far off.
-    Raises `UserError` if architecture or encoder are unknown or do not go together, or the weights cannot be loaded.
+    full size; here a double convolution of the image is one, joined to the decoder's end. `receptive_field_radius` is
+    for overlapping tiles only: most encoders see the whole image, but give little weight to what is far off.
     """
 
     def __init__(self, config: ModelConfig):
@@ -84,9 +83,9 @@ def build_smp(config: ModelConfig, weights: str | None = None) -> nn.Module:
     similar = difflib.get_close_matches(config.encoder, known) or ["resnet34", "efficientnet-b0"]
     rule = f"tu-NAME with a name of timm's, or one of segmentation_models_pytorch, such as {', '.join(similar)}"
     need(timm or config.encoder in known, "encoder", config.encoder, rule)
-    # Vision transformers are built for one image size unless told otherwise; no other encoder knows this option.
-    options = {"dynamic_img_size": True} if config.architecture == "DPT" else {}
-    options |= {"in_channels": config.in_channels, "classes": config.num_classes}
+    options = {"in_channels": config.in_channels, "classes": config.num_classes}
+    if config.architecture == "DPT":  # its vision transformers are built for one image size unless told otherwise
+        options["dynamic_img_size"] = True
     try:
         return smp.create_model(config.architecture, config.encoder, True if timm and weights else weights, **options)
     except Exception as error:  # of no common type, neither for wrong pairs nor for a failed download

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,17 +29,15 @@ def find_device(name: str = "auto") -> torch.device:
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     found = [device for device, there in devices.items() if there]
     if name not in ("auto", *found):
-        there = ", ".join(found)
-        raise UserError(f"the device asked for is {name}, but torch finds no such device here (it finds: {there}).")
+        raise UserError(f"the device asked for is {name}, but torch finds only {', '.join(found)} here.")
     return torch.device(found[0] if name == "auto" else name)
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`.
+    """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`; `UserError` for fp16 without a CUDA GPU.
 
     `auto` asks what the hardware computes in natively: a T4 (compute capability 7.5) emulates bf16, slowly, so below
-    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions. Raises `UserError` for fp16 on a
-    device without a gradient scaler for it.
+    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
@@ -64,8 +63,7 @@ def has_native_bf16() -> bool:
 def keep_memory() -> None:
     """Let glibc keep large buffers for the next step instead of handing them back to the system (Linux only).
 
-    A step on a CPU frees hundreds of megabytes and asks for them again, and the system zeroes each page anew: a fifth
-    of the time of a training step, measured. The price is that the process stays as large as it ever was.
+    Else it zeroes them anew, a fifth of a training step's time. The price: the process stays as large as it ever was.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
@@ -85,12 +83,11 @@ def describe_device(device: torch.device) -> str:
 
 def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
     """The `spread` of the seconds that each of `steps` runs of `work` takes."""
-    seconds = []
+    moments = [clock(device)]
     for _ in range(warmup + steps):
-        started = clock(device)
         work()
-        seconds.append(clock(device) - started)
-    return spread(np.array(seconds[warmup:]))
+        moments.append(clock(device))
+    return spread(np.diff(moments)[warmup:])
 
 
 def clock(device: torch.device) -> float:
@@ -105,18 +102,17 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device | None = None) -> float:
-    """GiB of CUDA memory allocated at most; elsewhere of the whole process's memory, libraries included (Unix only)."""
+    """GiB of CUDA memory allocated at most; elsewhere of the process, libraries included (Linux and Macs, else NaN)."""
     if device and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # Linux; unlike `getrusage` it forgets what the program used that started this one
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
-    try:
-        import resource
-    except ModuleNotFoundError:
+    if sys.platform != "darwin":
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -184,9 +180,7 @@ def make_folder(path: Path) -> Path:
     """Make a folder and check that files can be written into it; `UserError` if they cannot, or if it is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise write_error(path, error) from None
     return path
