@@ -125,8 +125,8 @@ def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save
 
     The `options` `flips` (by default True), `min_size` (0) and `device` are those of `predict`. `save` also writes the
     scores into the run's `metrics.json`, under the split's name (after that of another data set), and counts the
-    reading; saving those of an ensemble on `val` chooses its threshold there. Returns what `summarise` does. Raises
-    `UserError` if the run, the data or the split cannot be used.
+    reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does. Raises `UserError` if the run,
+    the data or the split cannot be used.
     """
     opened, result = score_run(run, data, split, choose=save and split == "val", **options)
     summary = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))

@@ -16,7 +16,7 @@ from unet_helpers.config import IGNORE, UserError, need
 
 
 def check_labels(target, num_classes: int, name: str = "target") -> None:
-    """Raise `UserError`, which names `name`, unless `target` (tensor or array, any shape) holds classes or 255."""
+    """Raise `UserError`, which names `name`, if `target` (tensor or array) holds anything but classes and 255."""
     allowed = max(num_classes, 2)  # binary (num_classes = 1): 0 and 1
     wrong = (target != IGNORE) & ((target < 0) | (target >= allowed))
     if wrong.any():
@@ -54,7 +54,7 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     A class that no valid pixel belongs to adds 0 (as in `segmentation_models_pytorch`): only cross-entropy punishes its
     false positives, and a class's weight is the same whichever others are in the batch. Any other has a denominator of
     at least 1, so nothing needs to be smoothed. Logits (B, 1 or K, H, W) to a scalar from 0 to 1; all else as in
-    `binary_cross_entropy`. Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but without squares below.
+    `binary_cross_entropy`. Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but no squares in the denominator.
     """
     return _dice_loss(_dice_sums(*_prepare(logits, target)))
 

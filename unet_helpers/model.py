@@ -66,7 +66,7 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        # A power of two, at most 8, with two channels or more in a group: one at a single pixel would have no spread.
+        # A power of two, at most 8, that leaves two or more channels to a group: one at a single pixel has no spread.
         return nn.GroupNorm(max(1, math.gcd(16, channels) // 2), channels)
     return nn.Identity()
 
