@@ -1,6 +1,5 @@
-"""Score a network under one protocol: native size, pixels marked 255 left out, counts pooled over all images.
-
-The threshold comes from the run's own `metrics.json`, where training put it after looking at validation images only.
+"""Score a network under one protocol: native size, pixels marked 255 left out, counts pooled over all images, at the
+threshold of the run's own `metrics.json`, where training put it after looking at validation images only.
 """
 
 from collections.abc import Iterator
@@ -9,28 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import Dataset
 
-from unet_helpers import metrics
+from unet_helpers import metrics, scores
 from unet_helpers.catalogue import class_names
 from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
-from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix, mean_dice, mean_iou
+from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix
 from unet_helpers.prediction import drop_specks, find_views, predict_logits, predict_probabilities
 from unet_helpers.runs import Run, load_run
-from unet_helpers.scores import (
-    ONE_IMAGE,
-    bootstrap_interval,
-    cldice,
-    defined_mean,
-    dice,
-    iou,
-    paired_difference,
-    undefined,
-)
 from unet_helpers.system import find_device, write_json
 
 
@@ -39,11 +26,11 @@ class Evaluation:
     """What was counted on a set of images, from which every score follows."""
 
     num_classes: int  # 1 for binary
+    class_names: list[str]
+    groups: list[str]  # that the images belong to
     table: BinaryHistogram | ConfusionMatrix  # pooled over all images
-    one_vs_rest: list[BinaryHistogram] = field(default_factory=list)  # several classes: of each class's probability
-    class_names: list[str] = field(default_factory=list)
+    one_vs_rest: list[BinaryHistogram]  # several classes: of each class's probability
     names: list[str] = field(default_factory=list)  # of the images
-    groups: list[str] = field(default_factory=list)  # that they belong to
     image_counts: list[np.ndarray] = field(default_factory=list)  # tp, fp, fn, tn: (4,), several classes (K, 4)
     skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
 
@@ -73,9 +60,9 @@ def score_images(
 ) -> Evaluation:
     """Predict images one by one at their own size, with a model in evaluation mode, and count; see `Evaluation`."""
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
-    groups = [sample.group for sample in images.samples]
-    result = Evaluation(num_classes, table, class_names=class_names(images.config.data, num_classes), groups=groups)
-    result.one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
+    one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
+    classes, groups = class_names(images.config.data, num_classes), [sample.group for sample in images.samples]
+    result = Evaluation(num_classes, classes, groups, table, one_vs_rest)
     for probability, mask, name in predictions(model, images, device, flips):
         result.names.append(name)
         probability = drop_specks(probability, threshold, min_size)
@@ -86,7 +73,7 @@ def score_images(
         else:
             predicted = probability.argmax(0)
             table.update(predicted, mask)
-            for k, histogram in enumerate(result.one_vs_rest):
+            for k, histogram in enumerate(one_vs_rest):
                 histogram.update(probability[k], torch.where(mask == IGNORE, mask, (mask == k).long()))
         result.image_counts.append(metrics.image_counts(predicted[None], mask[None], num_classes)[0])
     return result
@@ -96,41 +83,40 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     """All scores of the protocol as one dictionary; what is 0/0 is NaN and `undefined` says why."""
     counts = np.stack(result.image_counts)
     if result.num_classes == 1:
-        scores, several, score = result.table.scores(threshold), {}, dice
-        scores["cldice"] = float(cldice(np.sum(result.skeletons, axis=0)))
-        reasons = {"dice_ci95": ONE_IMAGE} if len(counts) == 1 else {}
+        values, several, dice, iou = result.table.scores(threshold), {}, scores.dice, scores.iou
+        values["cldice"] = float(scores.cldice(np.sum(result.skeletons, axis=0)))
+        reasons = {"dice_ci95": scores.ONE_IMAGE} if len(counts) == 1 else {}
         reasons |= {"cldice": "the objects are not thin"} if np.isnan(result.skeletons).any() else {}
     else:
-        scores, score = result.table.scores(), mean_dice
+        values, dice, iou = result.table.scores(), metrics.mean_dice, metrics.mean_iou
         for name in ("roc_auc", "pr_auc"):
-            scores[name] = float(defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
-        scores["cldice"] = float("nan")
+            values[name] = float(scores.defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
+        values["cldice"] = float("nan")
         reasons = {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
         several = {
             "classes": result.class_names,
             "absent": absent,  # from the truth, and therefore left out of the means
-            "per_class": scores["per_class"],
-            "per_class_dice_ci95": [list(bootstrap_interval(counts[:, k], dice)) for k in range(result.num_classes)],
+            "per_class": values["per_class"],
+            "per_class_dice_ci95": [list(scores.bootstrap_interval(one, scores.dice)) for one in counts.swapaxes(0, 1)],
             "confusion": result.table.table.tolist(),
         }
-    per_image, groups = score(counts), np.array(result.groups)
+    per_image, groups = dice(counts), np.array(result.groups)
     names = sorted(set(result.groups)) if len(set(groups)) < len(groups) else []  # not where each is of one image
     pooled = {name: counts[groups == name].sum(0) for name in names}
-    overlap = iou if result.num_classes == 1 else mean_iou
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     return {
-        **{name: scores[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
+        **{name: values[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
         "threshold": threshold,
-        "dice_ci95": list(bootstrap_interval(result.counts(), score)),
-        "mean_image_dice": float(defined_mean(per_image)),
+        "dice_ci95": list(scores.bootstrap_interval(result.counts(), dice)),
+        "mean_image_dice": float(scores.defined_mean(per_image)),
         "per_image_dice": dict(zip(result.names, per_image.tolist(), strict=True)),
         "tta": flips,
         "n_images": len(counts),
-        "n_pixels": scores["total"],
+        "n_pixels": values["total"],
         **several,
-        "per_group": {name: {"dice": float(score(c)), "iou": float(overlap(c))} for name, c in pooled.items()},
-        "undefined": undefined(scores) | reasons,
+        "per_group": {name: {"dice": float(dice(c)), "iou": float(iou(c))} for name, c in pooled.items()},
+        "undefined": scores.undefined(values) | reasons,
     }
 
 
@@ -139,18 +125,18 @@ def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save
 
     The `options` `flips` (by default True), `min_size` (0) and `device` are those of `predict`. `save` also writes the
     scores into the run's `metrics.json`, under the split's name (after that of another data set), and counts the
-    reading; saving those of an ensemble on `val` chooses its threshold there. Returns what `summarise` does. Raises
-    `UserError` if the run, the data or the split cannot be used.
+    reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does. Raises `UserError` if the run,
+    the data or the split cannot be used.
     """
     opened, result = score_run(run, data, split, choose=save and split == "val", **options)
-    scores = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))
-    scores["min_size"] = options.get("min_size", 0)
+    summary = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))
+    summary["min_size"] = options.get("min_size", 0)
     if save:
         key = f"{data.name}_{split}" if data and data.name != opened.config.data.name else split
         reads = opened.metrics.get("reads", {})
-        opened.metrics |= {key: scores, "reads": reads | {key: reads.get(key, 0) + 1}}
+        opened.metrics |= {key: summary, "reads": reads | {key: reads.get(key, 0) + 1}}
         write_json(opened.path / "metrics.json", opened.metrics)
-    return scores
+    return summary
 
 
 def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split="test", **options) -> dict:
@@ -158,7 +144,7 @@ def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None
     a, b = (score_run(run, data, split, **options)[1] for run in (run_a, run_b))
     if a.names != b.names or a.num_classes != b.num_classes:
         raise UserError(f"{run_a} and {run_b} cannot be compared: they differ in their images or classes.")
-    return paired_difference(a.counts(), b.counts(), dice if a.num_classes == 1 else mean_dice)
+    return scores.paired_difference(a.counts(), b.counts(), scores.dice if a.num_classes == 1 else metrics.mean_dice)
 
 
 def score_run(
@@ -190,15 +176,14 @@ def samples_of(config: Config, split: str) -> list:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss, accelerator: Accelerator) -> dict:
-    """The quick look after every epoch: one plain prediction an image, shared among the processes.
+def validate(model: nn.Module, images: WholeImages, loss_function: SegmentationLoss, accelerator) -> dict:
+    """The quick look after every epoch: one plain prediction an image, shared among the processes of `accelerator`.
 
     Returns `loss` over all images together, `accuracy` with `correct` and `total` pixels at threshold .5, and `dice` at
-    the `threshold` that makes it largest (several classes: the most probable class, mean Dice, threshold None).
+    the `threshold` that makes it largest (several classes: mean Dice, None). Leaves the model in evaluation mode.
     """
     device, num_classes = accelerator.device, loss_function.num_classes
     table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
-    was_training = model.training
     model.eval()
     sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64)
     for index in range(accelerator.process_index, len(images), accelerator.num_processes):
@@ -208,10 +193,9 @@ def validate(model: nn.Module, images: Dataset, loss_function: SegmentationLoss,
         if not sums.isfinite().all():
             raise RunError("The validation loss is no number, the weights diverged: lower training.learning_rate.")
         table.update(metrics.probabilities(logits) if num_classes == 1 else logits.argmax(1), mask)
-    model.train(was_training)
     table.reduce(lambda counts: accelerator.reduce(counts, "sum"))
     sums = accelerator.reduce(sums.to(device, torch.float64 if device.type != "mps" else torch.float32), "sum")
     threshold = table.best_threshold() if num_classes == 1 else None
     best, plain = (table.scores(threshold), table.scores(0.5)) if num_classes == 1 else (table.scores(),) * 2
-    scores = {name: plain[name] for name in ("accuracy", "correct", "total")}
-    return scores | {"loss": loss_function.from_sums(sums).item(), "dice": best["dice"], "threshold": threshold}
+    scored = {name: plain[name] for name in ("accuracy", "correct", "total")}
+    return scored | {"loss": loss_function.from_sums(sums).item(), "dice": best["dice"], "threshold": threshold}

@@ -1,8 +1,8 @@
 """What training minimises: cross-entropy plus a share of soft Dice, with pixels marked 255 left out.
 
-Cross-entropy asks every pixel to be right and is smooth from the first step; soft Dice asks the overlap of whole
-regions to be right and does not care how much background there is. Both follow from a few sums, which are added up
-over processes before anything is divided: several GPUs minimise what one GPU with the whole batch would.
+Cross-entropy asks every pixel to be right and is smooth from the first step; soft Dice asks the overlap of regions to
+be right, however much background there is. Both follow from a few sums, which are added up over processes before
+anything is divided: several GPUs minimise what one GPU with the whole batch would.
 """
 
 import math
@@ -16,11 +16,8 @@ from unet_helpers.config import IGNORE, UserError, need
 
 
 def check_labels(target, num_classes: int, name: str = "target") -> None:
-    """Raise `UserError`, which names `name`, unless `target` (tensor or array, any shape) holds classes and 255 only.
-
-    Classes are 0 to num_classes - 1; binary (num_classes = 1): 0 and 1.
-    """
-    allowed = max(num_classes, 2)
+    """Raise `UserError`, which names `name`, if `target` (tensor or array) holds anything but classes and 255."""
+    allowed = max(num_classes, 2)  # binary (num_classes = 1): 0 and 1
     wrong = (target != IGNORE) & ((target < 0) | (target >= allowed))
     if wrong.any():
         remedy = "check num_classes and what the values in the mask files mean"
@@ -31,11 +28,9 @@ def check_labels(target, num_classes: int, name: str = "target") -> None:
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over valid pixels of -log p (foreground) and -log(1-p) (background), with p = sigmoid(logit).
 
-    Both cases are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0, for any logit.
-
-    Logits (B, 1, H, W) of any float type, computed in float32, and target (B, H, W) int64 (0, 1, or 255 for pixels to
-    ignore) to a scalar; 0 with gradient 0 if no pixel is valid. Like all losses here it raises `UserError` if shapes,
-    types or (on the CPU) labels are not as above.
+    Both are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0. Logits (B, 1, H, W) of any
+    float type, computed in float32, and target (B, H, W) int64 (0, 1, or 255: ignored) to a scalar; 0 with gradient 0
+    if no pixel is valid. Raises `UserError` if shapes, types or (on the CPU) labels are others, as all losses here do.
     """
     pixels, total = _cross_entropy_sums(*_prepare(logits, target, num_classes=1))
     return total / pixels.clamp(min=1)
@@ -44,8 +39,8 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over valid pixels of -log p of the true class, with p = softmax(logits).
 
-    That is logsumexp(z) - z[true class]. Shapes, result and errors as in `binary_cross_entropy`, but for logits
-    (B, K, H, W) with K of at least 2 and labels 0..K-1.
+    That is logsumexp(z) - z[true class]. All as in `binary_cross_entropy`, but for logits (B, K, H, W) with K of at
+    least 2 and labels 0..K-1.
     """
     pixels, total = _cross_entropy_sums(*_prepare(logits, target))
     if logits.shape[1] == 1:
@@ -58,10 +53,8 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     A class that no valid pixel belongs to adds 0 (as in `segmentation_models_pytorch`): only cross-entropy punishes its
     false positives, and a class's weight is the same whichever others are in the batch. Any other has a denominator of
-    at least 1, so nothing needs to be smoothed. Logits (B, 1, H, W) or (B, K, H, W) to a scalar from 0 to 1; all else
-    as in `binary_cross_entropy`.
-
-    Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but without squares in the denominator, as is usual now.
+    at least 1, so nothing needs to be smoothed. Logits (B, 1 or K, H, W) to a scalar from 0 to 1; all else as in
+    `binary_cross_entropy`. Source: V-Net, Milletari et al. 2016, arXiv:1606.04797, but no squares in the denominator.
     """
     return _dice_loss(_dice_sums(*_prepare(logits, target)))
 
@@ -70,24 +63,17 @@ class SegmentationLoss(nn.Module):
     """cross_entropy_weight · cross-entropy + dice_weight · soft Dice loss, over one process or over many.
 
     Binary (num_classes = 1) takes `binary_cross_entropy`, otherwise `cross_entropy`; see there and at `soft_dice_loss`.
-    Labels are checked on the CPU only, since looking at values would make a GPU wait at every step; `check_labels`
-    checks a data set once, before training.
+    With `class_weights`, a number for each class (binary: background, foreground), cross-entropy is the mean over valid
+    pixels weighted by their true class, as in torch. Labels are checked on the CPU only: looking at values would make a
+    GPU wait at every step.
 
     Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S) (not the mean of the L(s_r) unless
-    all have equally many valid pixels). Its gradient is Σ_r L'(S)·∂s_r, but DDP averages, i.e. gives (1/W)·Σ_r g_r.
-    Therefore process r returns a scalar whose value is L(S), ready to be logged, and whose gradient is
-    g_r = W·L'(S)·∂s_r; DDP's average is then the gradient of one process with the whole batch.
-
-    With `class_weights`, a number for each class (binary: background, foreground), the cross-entropy is the weighted
-    mean over valid pixels, each with the weight of its true class, as in torch's `cross_entropy`.
+    all have equally many valid pixels). Its gradient is Σ_r L'(S)·∂s_r, but DDP averages to (1/W)·Σ_r g_r. Therefore
+    process r returns a scalar with the value L(S), ready to be logged, and the gradient g_r = W·L'(S)·∂s_r.
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        dice_weight: float = 0.5,
-        cross_entropy_weight: float = 1.0,
-        class_weights: Sequence[float] | None = None,
+        self, num_classes: int, dice_weight=0.5, cross_entropy_weight=1.0, class_weights: Sequence[float] | None = None
     ):
         """Raises `UserError` for num_classes outside 1..255 and for weights that are negative or both 0."""
         super().__init__()
@@ -101,9 +87,9 @@ class SegmentationLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The loss of the batch, a scalar; with `reduce`, of all processes' batches, its gradient what DDP averages.
 
-        Logits (B, 1, H, W) or (B, K, H, W) are of any float type and computed in float32, also under autocast; target
-        is (B, H, W) int64: class indices, or 255 for pixels to ignore. `reduce`, called once, by every process alike,
-        turns a float tensor into its sum over processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
+        Logits are (B, 1 or K, H, W) of any float type, target (B, H, W) int64, see `binary_cross_entropy`; computed in
+        float32, also under autocast. `reduce`, called once by every process, turns a float tensor into its sum over
+        processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
         """
         local = self.sums(logits, target)
         if reduce is None:
@@ -113,9 +99,8 @@ class SegmentationLoss(nn.Module):
         return loss.detach() + total[-1] * (loss - loss.detach())
 
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
-        """All that the loss needs of a batch, as sums over valid pixels; add them up over batches or processes.
-
-        They are (2 + 3K,) float32: number (or weight) of pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y.
+        """Number (or weight) of valid pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y: (2 + 3K,) float32. That
+        is all that the loss needs of a batch; add them up over batches or processes.
         """
         z, truth, valid = _prepare(logits, target, self.num_classes)
         weight = valid

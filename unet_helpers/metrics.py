@@ -1,7 +1,7 @@
 """From predictions to scores: streaming tables on the device, and counts per image, with 255 left out.
 
-As the tables only add whole numbers, batches, processes and files in any order or size give the same score to the last
-bit. Probabilities are compared as the 16-bit numbers of `predict`'s PNG, so a file scores exactly as the network did.
+Tables only add whole numbers: batches, processes and files in any order give the same score to the last bit.
+Probabilities are compared as the 16-bit numbers of `predict`'s PNG, so a file scores exactly as the network did.
 """
 
 import math
@@ -164,20 +164,19 @@ def image_counts(predicted: Tensor, target: Tensor, num_classes: int = 1) -> np.
     Predicted (B, H, W) bool or integer classes; target (B, H, W) integer classes, 255 ignored.
     """
     predicted = torch.as_tensor(predicted)
-    target = _checked(predicted, target, num_classes)
-    tables = [ConfusionMatrix(max(2, num_classes), predicted.device) for _ in predicted]
-    for table, *pictures in zip(tables, predicted, target, strict=True):
+    target, counts = _checked(predicted, target, num_classes), []
+    for pictures in zip(predicted, target, strict=True):
+        table = ConfusionMatrix(max(2, num_classes), predicted.device)
         table.update(*pictures)
-    counts = np.stack([table.counts() for table in tables])
-    return counts[:, 1] if num_classes == 1 else counts
+        counts.append(table.counts()[1] if num_classes == 1 else table.counts())
+    return np.stack(counts)
 
 
 def cldice_counts(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Skeleton counts of one image for `cldice`; add them up over images to pool.
 
     From predicted (H, W) bool or 0/1 and target (H, W) 0, 1, or 255 (background for both) to (4,) int64: pixels of the
-    predicted skeleton inside the true vessels and in all, of the true skeleton inside the predicted ones and in all.
-    All NaN where the truth is not thin, see `THIN`.
+    predicted skeleton inside the true vessels and in all, and the reverse. All NaN if the truth is not thin (`THIN`).
     """
     from skimage.morphology import skeletonize  # half a second, which only clDice should cost
 

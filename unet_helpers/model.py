@@ -1,7 +1,7 @@
 """The U-Net, block by block: activations, double convolution, down, up with its skip connection, and the network.
 
-Source: Ronneberger, Fischer and Brox 2015, arXiv:1505.04597. `UNet(1, 2, padding="valid", norm="none")` is the paper's
-network exactly; the defaults are what is used today: padding that keeps the size, and batch normalisation.
+Source: Ronneberger et al. 2015, arXiv:1505.04597. `UNet(1, 2, padding="valid", norm="none")` is the paper's network
+exactly; the defaults are what is used today: padding that keeps the size, and batch normalisation.
 """
 
 import math
@@ -47,8 +47,8 @@ def _negative_part(x: torch.Tensor) -> torch.Tensor:
 class PySiLU(nn.Module):
     """x for x >= 0 and x / (1 + x²) below, in shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN.
 
-    The gradient is 1 for x >= 0 (both sides agree at 0) and (1 - x²) / (1 + x²)² below: a dip that reaches -1/2 at
-    x = -1 and fades like 1/x, never quite dead on the negative side, as SiLU's is, but without an exponential.
+    The gradient is 1 for x >= 0 and (1 - x²) / (1 + x²)² below: a dip that reaches -1/2 at x = -1 and fades like 1/x,
+    never quite dead on the negative side, as SiLU's is, but without an exponential.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,7 @@ def make_norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        # A power of two, at most 8, that divides the channels and leaves two or more in each group: one channel at a
-        # single pixel would have nothing to normalise by.
+        # A power of two, at most 8, that leaves two or more channels to a group: one at a single pixel has no spread.
         return nn.GroupNorm(max(1, math.gcd(16, channels) // 2), channels)
     return nn.Identity()
 
@@ -108,9 +107,8 @@ class Down(nn.Module):
 class Up(nn.Module):
     """One step up: double height and width, put the skip connection beside the result, then a double convolution.
 
-    `transpose` learns the up-sampling (2×2, stride 2: every input pixel becomes four output pixels of its own).
-    `bilinear` interpolates after a 1×1 convolution: the same as before it (both are linear, and the interpolation's
-    weights add up to 1) for a quarter of the work.
+    `transpose` learns the up-sampling (2×2, stride 2: every input pixel becomes four of its own). `bilinear`
+    interpolates after a 1×1 convolution: the same as before it, as both are linear, for a quarter of the work.
     """
 
     def __init__(self, in_channels: int, out_channels: int, upsampling: str = "transpose", **options):
@@ -178,8 +176,8 @@ class UNet(nn.Module):
         # Two 3×3 convolutions cost 2 pixels a side, and one pixel at level l is 2^l input pixels wide. Summed over the
         # way down, the bottom and the way up: 2 (2^d - 1) + 2 · 2^d + 2 (2^d - 1) = 6 · 2^d - 4, the paper's 92.
         self.border = 6 * self.stride - 4 if padding == "valid" else 0
-        # The same sum, and 2^d - 1 more, as a pixel shares what it gets from below with its whole 2^d × 2^d block.
-        # Interpolation looks one pixel further at each level below the first.
+        # That, and 2^d - 1 more, as a pixel shares what it gets from below with its whole 2^d × 2^d block, and as many
+        # for interpolation, which looks one pixel further at each level below the first.
         self.receptive_field_radius = 7 * self.stride - 5 + (self.stride - 1 if upsampling == "bilinear" else 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -271,8 +269,8 @@ def initialise(module: nn.Module) -> None:
     """Draw a convolution's weights so that signals neither grow nor fade with depth (He et al., arXiv:1502.01852).
 
     In front of an activation, which keeps about half the signal's power, the variance is 2 / fan-in (ReLU's gain; the
-    others' differ little); an up-convolution (each output pixel is fed by one pixel of each channel) and 1×1
-    convolutions have none: 1 / fan-in. Biases start at 0.
+    others' differ little); up-convolutions (one pixel of each channel feeds an output pixel) and 1×1 convolutions have
+    none: 1 / fan-in. Biases start at 0.
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         linear = isinstance(module, nn.ConvTranspose2d) or module.kernel_size == (1, 1)

@@ -1,11 +1,9 @@
-"""A run lives in a folder: five published files, and `state/` with what resuming needs.
-
-`state/last.safetensors` holds the weights, their average over time, the optimiser and, as JSON in its header, the
-progress. It is one file, so that whatever moment training is killed in, it is that of one finished epoch.
+"""A run lives in a folder: five published files, and `state/last.safetensors` with what resuming needs: the weights,
+their average over time, the optimiser and, as JSON in its header, the progress. It is one file, so that whatever moment
+training is killed in, it is that of one finished epoch.
 """
 
 import csv
-import datetime
 import io
 import json
 import math
@@ -14,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import repeat
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +28,7 @@ from unet_helpers.plots import plot_history, to_png
 from unet_helpers.sample_data import make_retina
 from unet_helpers.system import make_folder, read_tensors, without_nan, write_json, write_tensors, write_whole
 
+LAST = Path("state") / "last.safetensors"
 PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
 COLUMNS = (
     "epoch", "step", "learning_rate", "train_loss", "val_loss", "val_accuracy", "val_correct", "val_total", "val_dice",
@@ -44,8 +42,7 @@ class Run:
 
     path: Path  # its folder
     config: Config  # every setting it was trained with; of an ensemble, its first run's, but for flips and rotation
-    # In evaluation mode, on the CPU. `view_diameter` is that of the photographs it was trained on, in pixels, or None.
-    model: nn.Module
+    model: nn.Module  # in evaluation mode, on the CPU; its `view_diameter`: that of training images, in pixels, or None
     metrics: dict  # the content of `metrics.json`; of an ensemble also "runs", their names
 
     @property
@@ -55,10 +52,9 @@ class Run:
 
 
 def load_run(path: Path | str) -> Run:
-    """Open a run folder, or a folder of them, an ensemble; `UserError` if it, or a file in it, is missing, damaged or
+    """Open a run folder, or a folder of them: an ensemble, which averages probabilities, and whose threshold is the
+    mean of its runs' until `evaluate` has chosen one. Raises `UserError` if it, or a file in it, is missing, damaged or
     does not fit the settings, and if the runs of an ensemble do not go together.
-
-    An ensemble averages probabilities. Its threshold is the mean of its runs', until `evaluate` has chosen one.
     """
     path = Path(path)
     if not path.is_dir():
@@ -66,13 +62,12 @@ def load_run(path: Path | str) -> Run:
     members = sorted(file.parent for file in path.glob("*/config.yaml"))
     if members and not (path / "config.yaml").is_file():
         return join_runs(path, [load_run(member) for member in members])
-    missing = [name for name in ("config.yaml", "metrics.json", "model.safetensors") if not (path / name).is_file()]
-    if missing:
+    needed = ("config.yaml", "metrics.json", "model.safetensors")
+    if missing := [name for name in needed if not (path / name).is_file()]:
         hint = "; its training was interrupted, `train --resume` finishes it" if (path / "state").is_dir() else ""
         raise UserError(f"{path}: this run folder lacks {', '.join(missing)}{hint}.")
     config = load_config(path / "config.yaml")
-    metrics = read_metrics(path, config)
-    model = load_network(path, config)
+    metrics, model = read_metrics(path, config), load_network(path, config)
     model.view_diameter = metrics.get("view_diameter")
     return Run(path, config, model, metrics)
 
@@ -95,11 +90,10 @@ def join_runs(path: Path, runs: list[Run]) -> Run:
     names, configs = [run.path.name for run in runs], [run.config for run in runs]
     sizes = [run.model.view_diameter or 0 for run in runs]
     what = "model.num_classes data.name data.labels data.normalisation data.longest_side"
-    alike = {attrgetter(*what.split())(config) for config in configs}
+    alike = {tuple(result_settings(config)[name] for name in what.split()) for config in configs}
     if len(alike) > 1 or max(sizes) > 1.1 * min(sizes):
-        raise UserError(
-            f"{path}: its runs are no ensemble, which needs equal {what} and view_diameter; name one of them."
-        )
+        needs = f"which needs equal {what} and view_diameter"
+        raise UserError(f"{path}: its runs are no ensemble, {needs}; name one of them.")
     flips = min((config.augmentation.flips for config in configs), key=[False, "horizontal", True].index)
     rotation = min(config.augmentation.rotation for config in configs)
     config = replace(configs[0], augmentation=replace(configs[0].augmentation, flips=flips, rotation=rotation))
@@ -119,27 +113,27 @@ def export(run: Path | str, output: Path | str) -> None:
     `shrink`) and `view_diameter`. Raises `UserError` for valid padding, or if run or output cannot be used.
     """
     opened, output = load_run(run), Path(output)
-    config = opened.config
-    if getattr(opened.model, "border", 0):
+    data, num_classes = opened.config.data, opened.config.model.num_classes
+    if opened.model.border:
         raise UserError(f"{run}: has model.padding valid, whose mirrored border ONNX lacks: export one with same.")
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
         raise UserError(f"torch {torch.__version__} cannot export images of any size: update it to 2.9 or newer.")
     make_folder(output.parent)
-    network = nn.Sequential(opened.model, nn.Sigmoid() if config.model.num_classes == 1 else nn.Softmax(1)).eval()
+    network = nn.Sequential(opened.model, nn.Sigmoid() if num_classes == 1 else nn.Softmax(1)).eval()
     names = {"input_names": ["image"], "output_names": ["probability"]}
     sizes, image = ({0: "batch", 2: "height", 3: "width"},), torch.randn(2, 3, 75, 101)
     proto = torch.onnx.export(network, (image,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names).model_proto
-    known = {"threshold": opened.threshold, "classes": class_names(config.data, config.model.num_classes)}
-    known |= {"normalisation": config.data.normalisation, "longest_side": config.data.longest_side}
-    for key, value in (known | {"view_diameter": opened.model.view_diameter}).items():
+    known = {"threshold": opened.threshold, "classes": class_names(data, num_classes)}
+    known |= {"normalisation": data.normalisation, "longest_side": data.longest_side}
+    known |= {"view_diameter": opened.model.view_diameter}
+    for key, value in known.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     write_whole(output, proto.SerializeToString())
 
 
 def load_network(run: Path, config: Config) -> nn.Module:
     """The network that `config` describes with the weights of a run, in evaluation mode, on the CPU."""
-    own = replace(config.model, encoder_weights=None, weights=str(run / "model.safetensors"))
-    return build_model(own).eval()
+    return build_model(replace(config.model, encoder_weights=None, weights=str(run / "model.safetensors"))).eval()
 
 
 @dataclass
@@ -164,31 +158,27 @@ class Progress:
     def line(self, epochs: int) -> str:
         """The last row for human eyes."""
         row = self.history[-1]
-        parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  step {row['step']}"]
-        parts += [f"loss {row['train_loss']:.4f}"] if row["train_loss"] is not None else ["untrained"]
-        parts += [f"validation: loss {row['val_loss']:.4f}"]
-        if row["val_accuracy"] is not None:
-            parts += [f"accuracy {row['val_accuracy']:.4f} ({row['val_correct']}/{row['val_total']})"]
-        parts += [f"Dice {row['val_dice']:.4f}" if row["val_dice"] is not None else "Dice undefined"]
-        parts += [f"{row['images_per_second']:.1f} images/s"] if row["images_per_second"] else []
-        return "  ".join(parts)
+        loss = "untrained" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}"
+        accuracy = f"accuracy {row['val_accuracy']:.4f} ({row['val_correct']}/{row['val_total']})"
+        dice = "Dice undefined" if row["val_dice"] is None else f"Dice {row['val_dice']:.4f}"
+        speed = f"  {row['images_per_second']:.1f} images/s" if row["images_per_second"] else ""
+        start = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}  step {row['step']}"
+        return f"{start}  {loss}  validation: loss {row['val_loss']:.4f}  {accuracy}  {dice}{speed}"
 
 
 def new_run(run: Path, config: Config, resume: bool) -> None:
     """Make the run folder with its settings, or check the one to `resume`; `UserError` if it cannot be used."""
-    last = run / "state" / "last.safetensors"
+    last = run / LAST
     if resume:
         if (run / "metrics.json").is_file():
             raise UserError(f"{run}: is finished, there is nothing to resume.")
         if (run / "history.csv").is_file() and not last.is_file():
-            raise UserError(f"{run}: cannot be resumed, as {last.relative_to(run)} is gone; start a new run.")
+            raise UserError(f"{run}: cannot be resumed, as {LAST} is gone; start a new run.")
         before = result_settings(load_config(run / "config.yaml"))
-        different = [key for key, value in result_settings(config).items() if before[key] != value]
-        if different:
+        if different := [key for key, value in result_settings(config).items() if before[key] != value]:
             raise UserError(f"{run}: cannot be resumed with another {different[0]}; start a new run for that.")
         return
-    taken = [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]
-    if taken:
+    if taken := [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]:
         raise UserError(f"{run}: already holds a run ({taken[0].name}); choose another folder, or --resume it.")
     make_folder(run / "state")
     write_whole(run / "config.yaml", dump_config(config))
@@ -210,20 +200,20 @@ def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module
     if progress.best_epoch == progress.epoch:
         write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})
     if config.training.keep_every_epoch:
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
         write_tensors(run / "state" / f"epoch_{progress.epoch:04d}_{stamp}.safetensors", best)
     tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
     header = {"progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict() if scaler else {})}
-    write_tensors(run / "state" / "last.safetensors", tensors, header)
+    write_tensors(run / LAST, tensors, header)
     write_history(run, progress.history)
 
 
 def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Progress:
     """Put everything back as it was after the last finished epoch; without a checkpoint, begin at the beginning."""
-    path = run / "state" / "last.safetensors"
+    path = run / LAST
     if not path.is_file():
         return Progress()  # interrupted before the first checkpoint
     tensors, header = read_tensors(path)
@@ -255,23 +245,26 @@ def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Pro
 
 def write_history(run: Path, history: list[dict]) -> None:
     """Write `history.csv` and draw `losses.png`."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_whole(run / "history.csv", table.getvalue())
+    write_table(run / "history.csv", COLUMNS, history)
     write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue())
 
 
 def read_history(path: Path | str) -> list[dict]:
     """Rows of a `history.csv` as dictionaries of numbers, None where a cell is empty."""
-    whole = ("epoch", "step", "val_correct", "val_total")
+    kinds = dict.fromkeys(COLUMNS, float) | dict.fromkeys(("epoch", "step", "val_correct", "val_total"), int)
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return [
-            {k: None if row[k] == "" else int(row[k]) if k in whole else float(row[k]) for k in COLUMNS} for row in rows
-        ]
+        return [{name: None if row[name] == "" else kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a training history: {error}") from None
 
@@ -287,8 +280,8 @@ print(peak_memory() - before)
 
 
 def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
-    """Seconds that predicting a tiled TIFF of `side` × `side` pixels with flips takes on the CPU, reading and writing
-    included, and GiB above the imported program (not on Windows): in a process of its own, with a new network.
+    """Seconds, and GiB above the imported program (not on Windows), that predicting a tiled TIFF of `side` × `side`
+    pixels with flips takes on the CPU, files included: in a process of its own, with a new network.
     """
     with tempfile.TemporaryDirectory() as folder:
         run, tile, started = Path(folder), make_retina(0, 256).image, time.perf_counter()
@@ -296,7 +289,8 @@ def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
         write_json(run / "metrics.json", {"threshold": 0.5})
         write_tensors(run / "model.safetensors", build_model(config.model).state_dict())
         options = {"dtype": np.uint8, "tile": (256, 256), "compression": "zlib", "photometric": "rgb"}
-        tifffile.imwrite(run / "in.tif", repeat(tile, math.ceil(side / 256) ** 2), shape=(side, side, 3), **options)
-        command = [sys.executable, "-c", LARGE_TRIAL, folder, str(run / "in.tif"), str(run / "out")]
+        tiles = iter([tile] * math.ceil(side / 256) ** 2)
+        tifffile.imwrite(run / "in.tif", tiles, shape=(side, side, 3), **options)
+        command = [sys.executable, "-c", LARGE_TRIAL, run, run / "in.tif", run / "out"]
         result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return {"large_seconds": time.perf_counter() - started, "large_memory_gib": float(result.stdout)}

@@ -1,10 +1,9 @@
 """How good a segmentation is, and how sure that is: plain functions of pixel counts, which `metrics` collects.
 
-Counts are pooled over all pixels of all images first, and the score is computed from them once. 0/0 is NaN, and
-`undefined` says why. (Predicting nothing where there is something to be found is no such case: its Dice is 0.)
-
-The bootstrap imitates other test images: thousands of times it draws as many again, with replacement, and computes the
-score anew. Images are drawn and not pixels, because the pixels of one image stand or fall together.
+Counts are pooled over all pixels of all images, and the score is computed from them once. 0/0 is NaN, and `undefined`
+says why. (Predicting nothing where there is something to be found is no such case: its Dice is 0.) The bootstrap
+imitates other test images: it draws as many again, with replacement, thousands of times, and computes the score anew.
+Images are drawn and not pixels, because the pixels of one image stand or fall together.
 """
 
 import math
@@ -28,10 +27,7 @@ REASONS = dict.fromkeys(("dice", "iou", "cldice"), "no positive pixels in the gr
 
 
 def dice(counts) -> np.ndarray:
-    """2·tp / (2·tp + fp + fn).
-
-    Like all scores here it takes counts (..., 4) in the order tp, fp, fn, tn and returns float64 (...), NaN for 0/0.
-    """
+    """2·tp / (2·tp + fp + fn). All scores here: from counts (..., 4), tp, fp, fn, tn, to float64 (...), NaN for 0/0."""
     tp, fp, fn, _ = _split(counts)
     return ratio(2 * tp, 2 * tp + fp + fn)
 
@@ -95,8 +91,8 @@ def defined_mean(values) -> np.ndarray:
 def cldice(counts) -> np.ndarray:
     """Centre-line Dice, 2·T_prec·T_sens / (T_prec + T_sens), of `metrics.cldice_counts` (..., 4).
 
-    T_prec is the share of the predicted skeleton inside the true vessels, T_sens that of the true skeleton inside the
-    predicted ones. 0 where one skeleton is empty, NaN where both are. Source: Shit et al. 2021, arXiv:2003.07311.
+    T_prec is the share of the predicted skeleton inside the true vessels, T_sens the reverse. 0 where one skeleton is
+    empty, NaN where both are. Source: Shit et al. 2021, arXiv:2003.07311.
     """
     p_in_y, p, y_in_p, y = _split(counts)
     denominator = p_in_y * y + y_in_p * p  # of the same fraction, multiplied by p·y, which may be 0
@@ -113,39 +109,28 @@ def ratio(numerator, denominator) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=np.asarray(denominator) != 0)[()]
 
 
-def bootstrap_interval(
-    counts, score: Score, samples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+def bootstrap_interval(counts, score: Score, samples=10_000, seed=0, level=0.95) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high), over images, of a score computed from pooled counts (Efron 1979).
 
-    Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends are NaN
-    when no draw is left and for one single image (`ONE_IMAGE` is the reason to print). Raises `UserError` if a shape or
-    setting is not as below.
+    Counts are (N, 4) of N images; or (S, N, 4), the same images predicted by S runs of different seeds: runs and images
+    are drawn independently, and the score is the mean over the runs drawn. Several classes: (S, N, K, 4), also for
+    S = 1, with a score that takes (..., K, 4). `score`, e.g. `dice`, maps pooled counts (..., 4) to (...).
 
-    Args:
-        counts: (N, 4) pixel counts of N images; or (S, N, 4), the same images predicted by S runs of different seeds:
-            runs and images are drawn independently, and the score is the mean over the runs drawn. Several classes:
-            (S, N, K, 4), also for S = 1, with a score that takes (..., K, 4).
-        score: from pooled counts (..., 4) to scores (...), e.g. `dice`.
-        samples: how often to draw.
-        seed: the same seed gives the same interval.
-        level: share of the draws that lie in the interval, between 0 and 1.
+    Draws `samples` times, the same for the same `seed`; a share `level` of the draws, between 0 and 1, lies in the
+    interval. Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends
+    are NaN when none is left and for a single image (`ONE_IMAGE`). Raises `UserError` for other shapes or settings.
     """
     return _bootstrap(_checked(counts, samples, level), score, samples, seed, level)
 
 
-def paired_difference(
-    counts_a, counts_b, score: Score, samples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> dict[str, float | bool]:
+def paired_difference(counts_a, counts_b, score: Score, samples=10_000, seed=0, level=0.95) -> dict[str, float | bool]:
     """Score of A minus score of B with its bootstrap interval: the same images (and seeds) are drawn for both.
 
-    An image that is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel. Arguments and
-    errors as in `bootstrap_interval`; B's counts are those of the same images in the same order, seed s beside seed s
-    of A, and of a score larger must be better.
+    What is hard for A is hard for B as well; drawn in pairs, such common ups and downs cancel. Arguments and errors as
+    in `bootstrap_interval`; images and seeds of B stand in A's order, and of a score larger must be better.
 
     Returns `difference` (of the scores of all images, mean over seeds), `low`, `high`, and `better`: whether the whole
-    interval lies above 0. With one image the interval is NaN and `better` is False. Of as few as five
-    seeds the interval is too narrow: see `widened`.
+    interval lies above 0 (False with one image: NaN). Of few seeds the interval is too narrow: see `widened`.
     """
     a, b = _checked(counts_a, samples, level), _checked(counts_b, samples, level)
     if a.shape != b.shape:
@@ -154,8 +139,8 @@ def paired_difference(
     pairs = np.stack([a, b], axis=2)  # (S, N, 2, ..., 4)
 
     def difference(pooled: np.ndarray) -> np.ndarray:
-        values = np.asarray(score(pooled), dtype=np.float64)
-        return values[..., 0] - values[..., 1]
+        score_a, score_b = np.moveaxis(score(pooled), -1, 0)
+        return score_a - score_b
 
     low, high = _bootstrap(pairs, difference, samples, seed, level)
     return {"difference": float(difference(pairs.sum(1)).mean()), "low": low, "high": high, "better": low > 0}
@@ -164,9 +149,8 @@ def paired_difference(
 def widened(value: float, low: float, high: float, runs: int) -> tuple[float, float]:
     """A 95% bootstrap interval around a mean over few runs, made as wide as Student's t asks for.
 
-    Drawn with replacement, n values vary too little, by sqrt((n - 1) / n), and the normal distribution that the mean of
-    many would follow has shorter tails than few have: of five runs the interval is too narrow by a third (Hesterberg
-    2015, arXiv:1411.5279, section 4.2).
+    Drawn with replacement, n values vary too little, by sqrt((n - 1) / n), and the mean of few has longer tails than
+    the normal distribution: with five runs a third is missing (Hesterberg 2015, arXiv:1411.5279, section 4.2).
     """
     from scipy.stats import norm, t  # a second, which only studies should cost
 
@@ -179,8 +163,7 @@ def _checked(counts, samples: int, level: float) -> np.ndarray:
     if samples < 1 or not 0 < level < 1:
         raise UserError(f"samples is {samples} and level is {level}, expected at least 1 and a number between 0 and 1")
     counts = np.asarray(counts, dtype=np.float64)  # exact up to 2^53 pixels
-    if counts.ndim == 2:
-        counts = counts[None]
+    counts = counts[None] if counts.ndim == 2 else counts
     if counts.ndim not in (3, 4) or counts.shape[-1] != 4 or 0 in counts.shape:
         expected = "(images, 4), (seeds, images, 4) or (seeds, images, classes, 4): tp, fp, fn, tn of each, none empty"
         raise UserError(f"counts have shape {counts.shape}, expected {expected}")

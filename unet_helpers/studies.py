@@ -1,16 +1,14 @@
 """What settings bring, and what they cost: studies of several runs an arm, and the speed of one.
 
-One run with one seed decides nothing: the next seed may turn the result round. A study is a folder whose `grid.yaml`
-names arms, each some settings and a number of seeds. `run_study` trains what is missing and adds a row a run to
-`rows.csv`; `summarise_study` turns the rows into a table with intervals. The runs themselves lie in `runs/` inside it.
+A study, as one seed decides nothing, is a folder whose `grid.yaml` names arms, each some settings and a number of
+seeds. `run_study` trains what is missing, in `runs/` inside it, and adds a row a run to `rows.csv`; `summarise_study`
+turns the rows into a table with intervals.
 """
 
 import csv
-import io
 import json
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -28,25 +26,18 @@ from unet_helpers.metrics import mean_dice
 from unet_helpers.model import build_model, count_parameters
 from unet_helpers.plots import plot_arms, to_png
 from unet_helpers.prediction import predict_probabilities
-from unet_helpers.runs import load_run, read_history, result_settings
-from unet_helpers.scores import bootstrap_interval, dice, paired_difference, widened
-from unet_helpers.system import (
-    clock,
-    describe_device,
-    find_device,
-    measure,
-    peak_memory,
-    spread,
-    write_whole,
-)
+from unet_helpers.runs import load_run, read_history, result_settings, write_table
+from unet_helpers.scores import Score, bootstrap_interval, dice, paired_difference, widened
+from unet_helpers.system import clock, describe_device, find_device, measure, peak_memory, spread, write_whole
 from unet_helpers.training import make_accelerator, shared_batches, train, train_step
 
 ENOUGH_SEEDS = 5  # with fewer, nothing is called better
 SOME_IMAGES = 20  # of the training images are scored, too: how much of what was trained on has been learned by heart?
 # Columns of `rows.csv`, in JSON but for texts: Dice and losses after each epoch; validation images' counts by name.
-TEXT, LISTS = ("arm", "device"), ("val_dice_curve", "train_loss_curve", "val_loss_curve", "counts")
-NUMBERS = ("seed", "val_dice", "train_dice", "best_epoch", "parameters", "seconds")
-COLUMNS = ("arm", "seed", "settings", *NUMBERS[1:], "device", *LISTS)
+TEXT, CURVES = ("arm", "device"), ("val_dice", "train_loss", "val_loss")
+NUMBERS = ("val_dice", "train_dice", "best_epoch", "parameters", "seconds")
+COLUMNS = ("arm", "seed", "settings", *NUMBERS, "device", *(f"{name}_curve" for name in CURVES), "counts")
+FOUND = ("mean", "deviation", "low", "high", "difference", "difference_low", "difference_high")  # by `summarise_study`
 
 
 @dataclass(frozen=True)
@@ -106,9 +97,9 @@ def complete(settings: dict) -> dict:
 def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = False) -> list[dict]:
     """Train every run of the grid (of the arms `only`) that has no row yet; return all rows that belong to the grid.
 
-    Runs that were interrupted go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are
-    written as runs finish, whole or not at all, with a picture of the table, `arms.png`. Raises `UserError` if grid or
-    rows cannot be read, or a run in the way has other settings.
+    Interrupted runs go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are written as
+    runs finish, with a picture of the table, `arms.png`. Raises `UserError` if grid or rows cannot be read, or a run in
+    the way has other settings.
     """
     study = Path(study)
     arms, baseline = load_grid(study)
@@ -148,21 +139,20 @@ def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool
 
 def score_arm(run: Path) -> dict:
     """What a row says about a finished run."""
-    opened, history = load_run(run), read_history(run / "history.csv")
-    device, network, classes = find_device(), opened.model, opened.config.model.num_classes
-    network, dices = network.to(device, memory_format=torch.channels_last), {}
+    opened, history, device, dices = load_run(run), read_history(run / "history.csv"), find_device(), {}
+    network, classes = opened.model.to(device, memory_format=torch.channels_last), opened.config.model.num_classes
     for split in ("train", "val"):
         names = opened.metrics["training_images"][:SOME_IMAGES]
         samples = [one for one in samples_of(opened.config, split) if split == "val" or one.name in names]
         counted = score_images(network, WholeImages(samples, opened.config), classes, device, opened.threshold)
         counts = np.stack(counted.image_counts)
         dices[f"{split}_dice"] = float(score_of(counts)(counts.sum(0)))
-    curves = {f"{name}_curve": [row[name] for row in history] for name in ("val_dice", "train_loss", "val_loss")}
+    curves = {f"{name}_curve": [row[name] for row in history] for name in CURVES}
     known = {name: opened.metrics[name] for name in ("best_epoch", "parameters", "seconds", "device")}
     return dices | known | curves | {"counts": dict(zip(counted.names, counts.tolist(), strict=True))}
 
 
-def score_of(counts: np.ndarray) -> Callable:
+def score_of(counts: np.ndarray) -> Score:
     """Dice of counts (..., 4), or its mean over the classes of counts (..., N, K, 4)."""
     return dice if counts.ndim == 2 else mean_dice
 
@@ -181,8 +171,8 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
         known = [row for row, now in zip(known, wanted, strict=True) if complete(row["settings"]) == now]
         for arm in {row["arm"] for row in known}:
             own = [row for row in known if row["arm"] == arm]
-            sound = counts_of(own).dtype.kind == "i" and all(0 <= row["val_dice"] <= 1 for row in own)
-            if not sound or counts_of(own).shape[-1] != 4:
+            counts, sound = counts_of(own), all(0 <= row["val_dice"] <= 1 for row in own)
+            if not sound or counts.dtype.kind != "i" or counts.shape[-1] != 4:
                 raise ValueError(f"Dice or counts of {arm} are no such numbers")
         return known
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
@@ -191,11 +181,8 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
 
 def write_rows(study: Path, rows: list[dict]) -> None:
     """Write `rows.csv`, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{k: v if k in TEXT else json.dumps(v) for k, v in row.items()} for row in rows])
-    write_whole(study / "rows.csv", text.getvalue())
+    cells = [{k: v if k in TEXT else json.dumps(v) for k, v in row.items()} for row in rows]
+    write_table(study / "rows.csv", COLUMNS, cells)
 
 
 def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> list[dict]:
@@ -209,15 +196,14 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
     table, base = [], {row["seed"]: row for row in rows if row["arm"] == baseline}
     for name in arms:
         own = {row["seed"]: row for row in rows if row["arm"] == name}
-        entry = {"arm": name, "seeds": len(own), "dices": [row["val_dice"] for row in own.values()], "verdict": ""}
-        for key in ("mean", "deviation", "low", "high", "difference", "difference_low", "difference_high"):
-            entry[key] = math.nan
+        dices = [row["val_dice"] for row in own.values()]
+        entry = {"arm": name, "seeds": len(own), "dices": dices, "verdict": ""} | dict.fromkeys(FOUND, math.nan)
         if own:
-            entry["mean"] = statistics.mean(entry["dices"])
-            entry["deviation"] = statistics.stdev(entry["dices"]) if len(own) > 1 else math.nan
+            entry["mean"] = statistics.mean(dices)
         if len(own) > 1:
             counts = counts_of(own.values())
             interval = bootstrap_interval(counts, score_of(counts[0]))
+            entry["deviation"] = statistics.stdev(dices)
             entry["low"], entry["high"] = widened(entry["mean"], *interval, len(own))
         common = sorted(own.keys() & base.keys()) if name != baseline else []
         if len(common) > 1 and all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common):
@@ -256,10 +242,10 @@ def format_study(table: list[dict]) -> str:
 def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 12, warmup: int = 3) -> dict:
     """Measure training and prediction with the configured model, data and device.
 
-    Each is done `warmup` times unmeasured (the first steps choose kernels and fill caches), then `steps` times; the
-    image predicted has `size` (height, width), by default DRIVE's. Returns the `spread` of images trained on per second
-    and of the seconds of a training step, waiting for its data (`data_share` of it), reading an image (`decode`) or
-    taking it from memory or cache (`cached`), and predicting one without and with flips.
+    Each is done `warmup` times unmeasured (to choose kernels and fill caches), then `steps` times; the image predicted
+    has `size` (height, width), by default DRIVE's. Returns the `spread` of images trained on per second and of the
+    seconds of a training step, waiting for its data (`data_share` of it), reading an image (`decode`) or taking it from
+    memory or cache (`cached`), and predicting one without and with flips.
     """
     check_config(config)
     accelerator, settings = make_accelerator(config), config.training
@@ -285,20 +271,14 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     image = torch.randn(3, *size, device=device)
     samples, turns = cycle(patches.decoded.samples), cycle(range(len(patches.decoded)))
     timed = partial(measure, device=device, steps=steps, warmup=warmup)
-    return {
-        "device": describe_device(device),
-        "precision": accelerator.mixed_precision,
-        "parameters": count_parameters(plain),
-        "batch_size": settings.batch_size,
-        "patch_size": config.augmentation.patch_size,
-        "image_size": list(size),
-        "training_step_seconds": spread(totals),
-        "data_seconds": spread(waits),
-        "data_share": float(waits.sum() / totals.sum()),
-        "images_per_second": spread(settings.batch_size / totals),
-        "decode_seconds": timed(lambda: decode(next(samples), config.data.longest_side)),
-        "cached_seconds": timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]]),
-        "predict_seconds": timed(lambda: predict_probabilities(plain, image, False)),
-        "predict_flips_seconds": timed(lambda: predict_probabilities(plain, image)),
-        "peak_memory_gib": peak_memory(device),
-    }
+    result = {"device": describe_device(device), "precision": accelerator.mixed_precision}
+    result |= {"parameters": count_parameters(plain), "batch_size": settings.batch_size}
+    result |= {"patch_size": config.augmentation.patch_size, "image_size": list(size)}
+    result |= {"training_step_seconds": spread(totals), "data_seconds": spread(waits)}
+    result |= {"data_share": float(waits.sum() / totals.sum())}
+    result |= {"images_per_second": spread(settings.batch_size / totals)}
+    result["decode_seconds"] = timed(lambda: decode(next(samples), config.data.longest_side))
+    result["cached_seconds"] = timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]])
+    result["predict_seconds"] = timed(lambda: predict_probabilities(plain, image, False))
+    result["predict_flips_seconds"] = timed(lambda: predict_probabilities(plain, image))
+    return result | {"peak_memory_gib": peak_memory(device)}

@@ -1,11 +1,10 @@
 """Train a network: one loop that runs the same on a CPU, on one GPU and, through `torchrun`, on several.
 
-An epoch is a number of steps followed by one validation, one line of report and one checkpoint. Epochs depend on each
-other through the weights and the optimiser alone: patches are drawn from (seed, epoch, index) and dropout from (seed,
-epoch). A checkpoint therefore holds everything, and a run killed and resumed ends with the weights of one that was not.
-
-Several processes share each batch. Gradients, losses and scores are those of the whole batch; only batch norm's
-statistics are each process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
+An epoch is a number of steps, one validation, one line of report and one checkpoint. Epochs depend on each other
+through weights and optimiser alone: patches are drawn from (seed, epoch, index) and dropout from (seed, epoch). So a
+checkpoint holds everything, and a run killed and resumed ends with the weights of one that was not. Several processes
+share each batch: gradients, losses and scores are those of the whole batch; only batch norm's statistics are each
+process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
 """
 
 import math
@@ -13,14 +12,11 @@ import platform
 import signal
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate import Accelerator, DistributedDataParallelKwargs, state, utils
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -39,10 +35,10 @@ from unet_helpers.system import describe_device, find_device, find_precision, ke
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
     """Train a network, write its run folder and return the content of `metrics.json`, on the main process.
 
-    The folder `run` must not hold a run yet. To `resume`, it holds an interrupted one, which goes on after its last
-    finished epoch; `config` must then be that run's, but for where and how fast it runs. `quiet` prints nothing.
-    Raises `UserError` for wrong settings or data, before anything is written, and `RunError` if the loss is no longer a
-    number or if memory or disk is full.
+    The folder `run` holds no run yet; to `resume`, an interrupted one, which goes on after its last finished epoch, and
+    whose settings `config` must be, but for where and how fast it runs. `quiet` prints nothing. Raises `UserError` for
+    wrong settings or data, before anything is written, and `RunError` if the loss is no longer a number or if memory or
+    disk is full.
     """
     check_config(config)
     config = replace(config, data=settle(config.data))
@@ -64,9 +60,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     decay, fused = settings.weight_decay, device.type != "mps"
     optimiser = torch.optim.AdamW(parameter_groups(network), settings.learning_rate, weight_decay=decay, fused=fused)
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
-    loss_function = SegmentationLoss(
-        config.model.num_classes, settings.dice_weight, class_weights=settings.class_weights
-    )
+    num_classes, class_weights = config.model.num_classes, settings.class_weights
+    loss_function = SegmentationLoss(num_classes, settings.dice_weight, class_weights=class_weights)
     if main:
         new_run(run, config, resume)
     accelerator.wait_for_everyone()
@@ -82,7 +77,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     loader = iter(DataLoader(patches, batch_sampler=batches, **options))
 
     def close_epoch(rate: float, train_loss: float | None, speed: float | None, started: float) -> None:
-        broadcast(list(average.buffers()))  # batch norm's statistics: every process validates the network that is saved
+        utils.broadcast(list(average.buffers()))  # batch norm's statistics: all validate the network that is saved
         scores = validate(average.module, validation, loss_function, accelerator)
         progress.record(progress.epoch * steps, rate, train_loss, speed, time.perf_counter() - started, scores)
         if main:
@@ -135,9 +130,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         raise RunError(f"The memory of {device} is full; {remedy}") from error
 
 
-def finish(
-    run: Path, config: Config, progress: Progress, accelerator, validation: WholeImages, patches: TrainingPatches
-) -> dict:
+def finish(run: Path, config: Config, progress: Progress, accelerator, validation, patches: TrainingPatches) -> dict:
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
     metrics, device, num_classes = {}, accelerator.device, config.model.num_classes
     if accelerator.is_main_process:
@@ -148,21 +141,14 @@ def finish(
         network.view_diameter = (float(np.median(diameters)) or None) if alike else None
         threshold = choose_threshold(network, native, device) if num_classes == 1 else None
         result = score_images(network, native, num_classes, device, threshold)
-        metrics = {
-            "threshold": threshold,
-            "best_epoch": progress.best_epoch,
-            "epochs": config.training.epochs,
-            "steps": progress.history[-1]["step"],
-            "parameters": count_parameters(network),
-            "training_images": patches.names,
-            "view_diameter": network.view_diameter,
-            "seconds": round(sum(row["seconds"] for row in progress.history), 1),
-            "device": describe_device(device),
-            "processes": accelerator.num_processes,
-            "precision": accelerator.mixed_precision,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "val": summarise(result, threshold, config.augmentation.flips),
-        }
+        seconds = round(sum(row["seconds"] for row in progress.history), 1)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        metrics = {"threshold": threshold, "best_epoch": progress.best_epoch, "epochs": config.training.epochs}
+        metrics |= {"steps": progress.history[-1]["step"], "parameters": count_parameters(network)}
+        metrics |= {"training_images": patches.names, "view_diameter": network.view_diameter, "seconds": seconds}
+        metrics |= {"device": describe_device(device), "processes": accelerator.num_processes}
+        metrics |= {"precision": accelerator.mixed_precision, "versions": versions}
+        metrics |= {"val": summarise(result, threshold, config.augmentation.flips)}
         write_json(run / "metrics.json", metrics)
     accelerator.wait_for_everyone()
     return metrics
@@ -176,7 +162,7 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
         keep_memory()
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        state.AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         # Some encoders have layers that the decoder does not use; our own network has none.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")],
@@ -188,15 +174,9 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
 
 
 def train_step(
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    loss_function: SegmentationLoss,
-    accelerator: Accelerator,
-    images: Tensor,
-    masks: Tensor,
-    clip_norm: float,
+    model: nn.Module, optimiser, loss_function, accelerator, images: Tensor, masks: Tensor, clip_norm: float
 ) -> Tensor:
-    """One step on this process's share of a batch; returns the loss of the whole batch.
+    """One step on this process's share of a batch; returns the loss of the whole batch, by a `SegmentationLoss`.
 
     `images` are float32 (B, C, H, W); `masks` int64 (B, H, W), 255 where nothing is learned, and cropped to the output
     where convolutions are valid. A gradient whose norm exceeds `clip_norm` is shortened to it, unless that is 0.
@@ -206,7 +186,7 @@ def train_step(
     images = images.to(device, memory_format=layout, non_blocking=device.type == "cuda")
     masks = masks.to(device, non_blocking=device.type == "cuda")
     logits = model(images)
-    reduce = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
+    reduce = (lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None
     loss = loss_function(logits, center_crop(masks, logits.shape[-2:]), reduce)
     accelerator.backward(loss)
     if clip_norm:
@@ -235,9 +215,8 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def shared_batches(start: int, stop: int, batch_size: int, process: int, processes: int) -> list[range]:
-    """Numbers of the patches that one of several processes takes of each batch, from step `start` to step `stop`.
-
-    Step s of a run is made of patches s·B to s·B + B - 1, however many processes share them.
+    """Numbers of the patches that a process takes of each batch from step `start` to before `stop`: step s is made of
+    patches s·B to s·B + B - 1, however many processes share them.
     """
     share = batch_size // processes
     firsts = (step * batch_size + process * share for step in range(start, stop))
