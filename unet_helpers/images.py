@@ -58,9 +58,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
-    """A picture, decoded completely and turned upright as its EXIF orientation says; its file format; and whether it is
-    in colours of 16 bits a channel, of which Pillow silently keeps the upper 8.
-    """
+    """A picture, decoded and upright; its format; whether Pillow silently keeps 8 of its 16 bits a colour channel."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
@@ -113,9 +111,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
             if not (simple and page.is_tiled and (pixels := page.imagewidth * page.imagelength) > LARGE):
                 return read_image(path)
             if pixels > most:
-                raise UserError(
-                    f"{path}: has {pixels} pixels, and so many must be asked for: set --max-pixels {pixels}"
-                )
+                raise UserError(f"{path}: has {pixels} pixels; so many must be asked for: set --max-pixels {pixels}")
             values = np.atleast_3d(page.asarray(out=on_disk(page.shape, np.uint8)))
         return np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
     except (UserError, RunError):
@@ -172,8 +168,7 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
         return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
-        colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
-        grey = np.ascontiguousarray(colours[..., 0])
+        colours, grey = np.array(picture.convert("RGB")), np.array(picture.convert("L"))
         if (colours == grey[..., None]).all():
             if np.isin(grey, (0, 255)).all():
                 return grey
@@ -218,8 +213,7 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
     missing = classes[-1] + 1 - len(classes)
     if classes[-1] > IGNORE or missing > max(1, (classes[-1] + 1) // 4):
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-        reason = "masks resized with interpolation or once saved as JPEG look like this"
-        problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; {reason}"
+        problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k, as by resizing or JPEG"
         raise UserError(f"{problem}: export them again, or set data.mask_values (`colours`: each value is a class)")
     return "classes"
 
@@ -270,6 +264,11 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     return values.astype(np.uint8)
 
 
+def full_scale(image: np.ndarray) -> int:
+    """White in an image as `read_image` gives it."""
+    return 255 if image.dtype == np.uint8 else 1
+
+
 def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -> np.ndarray:
     """Reduce an image (H, W, 3), by means over areas, or a mask (H, W), by nearest pixels, to sides of at most that."""
     factor = (longest_side or math.inf) / max(array.shape[:2])
@@ -290,8 +289,7 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
         thin, (height, width) = field_of_view(image[::step, ::step]), image.shape[:2]
         wide = thin.repeat(step, axis=1)[:, :width]
         return np.broadcast_to(True, (height, width)) if thin.all() else wide.repeat(step, axis=0)[:height]
-    full_scale = 255.0 if image.dtype == np.uint8 else 1.0
-    brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale, (5, 5), 0)
+    brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale(image), (5, 5), 0)
     side = max(1, min(brightness.shape) // 40)
     ends = slice(side), slice(-side, None)
     everything = np.ones(brightness.shape, dtype=bool)
@@ -327,7 +325,7 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
         count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + (pixels**2).sum(axis=0)
     mean = total / max(count, 1)
     deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
-    deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-3)] = 1.0  # a thousandth of full scale
+    deviation[deviation < 1e-3 * full_scale(image)] = 1.0
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
@@ -341,8 +339,7 @@ def normalise(
     """
     view = field_of_view(image) if view is None else view
     if kind != "image":
-        full_scale = 255 if image.dtype == np.uint8 else 1
-        statistics = [np.float32(full_scale) * np.float32(values) for values in CONSTANTS[kind]]
+        statistics = [np.float32(full_scale(image)) * np.float32(values) for values in CONSTANTS[kind]]
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = image.astype(np.float32)
     scaled -= mean
