@@ -41,8 +41,6 @@ LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
 STRIP = 512  # rows that are worked on at a time
 VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
-
-
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is said in one line
 
 
@@ -98,6 +96,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 (H, W, 3) in 0..1; the others become 0."""
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
+    return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
+
+
 def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
     """What `read_image` gives; a `LARGE` tiled TIFF in 8-bit grey or RGB is decoded to the disk and memory-mapped.
 
@@ -140,15 +147,6 @@ def let_go(array: np.ndarray) -> None:
 def strips(shape: tuple[int, ...], height: int = STRIP) -> list[slice]:
     """The rows of a picture of this shape, some at a time."""
     return [slice(top, min(top + height, shape[0])) for top in range(0, shape[0], height)]
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 0..1; what is not finite becomes 0."""
-    values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
-    return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
 
 
 def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
@@ -213,7 +211,8 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
     missing = classes[-1] + 1 - len(classes)
     if classes[-1] > IGNORE or missing > max(1, (classes[-1] + 1) // 4):
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-        problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k, as by resizing or JPEG"
+        reason = "masks resized with interpolation or once saved as JPEG look like this"
+        problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; {reason}"
         raise UserError(f"{problem}: export them again, or set data.mask_values (`colours`: each value is a class)")
     return "classes"
 
@@ -264,11 +263,6 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def full_scale(image: np.ndarray) -> int:
-    """White in an image as `read_image` gives it."""
-    return 255 if image.dtype == np.uint8 else 1
-
-
 def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -> np.ndarray:
     """Reduce an image (H, W, 3), by means over areas, or a mask (H, W), by nearest pixels, to sides of at most that."""
     factor = (longest_side or math.inf) / max(array.shape[:2])
@@ -289,7 +283,8 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
         thin, (height, width) = field_of_view(image[::step, ::step]), image.shape[:2]
         wide = thin.repeat(step, axis=1)[:, :width]
         return np.broadcast_to(True, (height, width)) if thin.all() else wide.repeat(step, axis=0)[:height]
-    brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale(image), (5, 5), 0)
+    full_scale = 255.0 if image.dtype == np.uint8 else 1.0
+    brightness = cv2.GaussianBlur(image.max(axis=2).astype(np.float32) / full_scale, (5, 5), 0)
     side = max(1, min(brightness.shape) // 40)
     ends = slice(side), slice(-side, None)
     everything = np.ones(brightness.shape, dtype=bool)
@@ -325,7 +320,7 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
         count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + (pixels**2).sum(axis=0)
     mean = total / max(count, 1)
     deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
-    deviation[deviation < 1e-3 * full_scale(image)] = 1.0
+    deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-3)] = 1.0  # a thousandth of full scale
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
@@ -339,7 +334,8 @@ def normalise(
     """
     view = field_of_view(image) if view is None else view
     if kind != "image":
-        statistics = [np.float32(full_scale(image)) * np.float32(values) for values in CONSTANTS[kind]]
+        full_scale = np.float32(255 if image.dtype == np.uint8 else 1)
+        statistics = [full_scale * np.float32(values) for values in CONSTANTS[kind]]
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = image.astype(np.float32)
     scaled -= mean

@@ -109,10 +109,9 @@ def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor
     for top in range(0, height, high):
         row = []
         for left in range(0, width, wide):
-            y0, x0 = max(top - margin, 0), max(left - margin, 0)
-            y1, x1 = min(top + high + margin, height), min(left + wide + margin, width)
-            logits = forward_whole(model, images[..., y0:y1, x0:x1])
-            row.append(logits[..., top - y0 : top - y0 + high, left - x0 : left - x0 + wide])
+            y, x = max(top - margin, 0), max(left - margin, 0)
+            logits = forward_whole(model, images[..., y : top + high + margin, x : left + wide + margin])
+            row.append(logits[..., top - y : top - y + high, left - x : left - x + wide])
         rows.append(torch.cat(row, dim=-1))
     return torch.cat(rows, dim=-2)
 
@@ -277,8 +276,8 @@ def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[i
     """Write mask and probability of a picture predicted in strips as tiled TIFFs; until then they lie on the disk."""
     mask, levels = (images.on_disk(size, dtype, stem.parent) for dtype in (np.uint8, np.uint16))
     for rows, part in parts:
-        classes, levels[rows] = classify(part, run.threshold)
-        mask[rows] = classes * (255 if part.ndim == 2 else 1)
+        mask[rows], levels[rows] = classify(part, run.threshold)
+        mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
         images.let_go(mask)
         images.let_go(levels)
     for name, array in (("mask", mask), ("probability", levels)):
