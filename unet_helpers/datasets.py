@@ -25,6 +25,8 @@ from unet_helpers.sample_data import make_retina
 from unet_helpers.system import make_folder, write_whole
 
 MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
+# What NumPy raises for no file, or a damaged one, whose header it reads as Python's literals.
+DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TokenError, TypeError, ValueError)
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
 
@@ -159,11 +161,10 @@ def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
 
 
 class Decoded:
-    """The images of a data set, decoded, reduced to `config.data.longest_side` and measured, each only once.
+    """What `decode` gives of each sample of a data set, computed only once.
 
-    Item n is what `decode` gives of sample n. Sets of more than `MEMORY_LIMIT` bytes are cached in `~/.cache`, one
-    memory-mapped NPY file an image, which can be deleted at any time. It remembers size and time of its sources: what
-    an interruption left out, or a change made outdated, is made anew.
+    Sets of more than `MEMORY_LIMIT` bytes are cached in `~/.cache`, one memory-mapped NPY file an image, which can be
+    deleted at any time. It remembers size and time of its sources, so what is missing or outdated is made anew.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
@@ -219,18 +220,7 @@ def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
         fits = item[0].shape == (*item[1].shape, 3) and item[1].shape == item[2].shape
         fits = fits and "".join(part.dtype.kind for part in item) in ("uubff", "fubff")
         return item if fits and record["source"] == source else None
-    # No such file, or a damaged one, whose header NumPy reads as Python's literals.
-    except (
-        ArithmeticError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        SyntaxError,
-        TokenError,
-        TypeError,
-        ValueError,
-    ):
+    except DAMAGE:
         return None
 
 
@@ -239,9 +229,9 @@ class TrainingPatches(Dataset):
 
     It is from the image at place n % N of epoch n // N's shuffling and depends on (seed, epoch, index of the image)
     alone: any number of loader workers gives the same, and `sampler=range(first, last)` goes on where training stopped.
-    Items are (image, mask): float32 (3, P, P), normalised by the whole image's statistics inside its field of view and
-    0 outside; int64 (P, P) with 255 for "ignore". All images are decoded at once, see `Decoded`. Raises `UserError` if
-    no sample is for training, no mask holds foreground, or one a class that `config.model` lacks.
+    Items are (image, mask): float32 (3, P, P), normalised as the whole image is and 0 outside its field of view; int64
+    (P, P) with 255 for "ignore". Raises `UserError` if no sample is for training, no mask holds foreground, or one a
+    class that `config.model` lacks.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config, quiet: bool = False) -> None:
@@ -295,8 +285,6 @@ class WholeImages(Dataset):
         return *_to_tensors(image, mask, view, statistics, kind), self.samples[number].name
 
 
-def _to_tensors(
-    image: np.ndarray, mask: np.ndarray, view: np.ndarray, statistics, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    normalised = images.normalise(image, view, tuple(statistics), kind).transpose(2, 0, 1)
+def _to_tensors(image, mask, view, statistics: images.Statistics, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    normalised = images.normalise(image, view, statistics, kind).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(normalised)), torch.from_numpy(mask.astype(np.int64))

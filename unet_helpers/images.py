@@ -41,8 +41,6 @@ LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
 STRIP = 512  # rows that are worked on at a time
 VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes with more than 8 bits
-
-
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is said in one line
 
 
@@ -58,9 +56,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
-    """A picture, decoded completely and turned upright as its EXIF orientation says; its file format; and whether it is
-    in colours of 16 bits a channel, of which Pillow silently keeps the upper 8.
-    """
+    """A picture, decoded and upright; its format; whether Pillow silently keeps 8 of its 16 bits a colour channel."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
@@ -100,6 +96,15 @@ def read_image(path: str | Path) -> np.ndarray:
     return np.array(picture.convert("RGB"))
 
 
+def _stretch(values: np.ndarray) -> np.ndarray:
+    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 (H, W, 3) in 0..1; the others become 0."""
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
+    return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
+
+
 def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
     """What `read_image` gives; a `LARGE` tiled TIFF in 8-bit grey or RGB is decoded to the disk and memory-mapped.
 
@@ -113,9 +118,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
             if not (simple and page.is_tiled and (pixels := page.imagewidth * page.imagelength) > LARGE):
                 return read_image(path)
             if pixels > most:
-                raise UserError(
-                    f"{path}: has {pixels} pixels, and so many must be asked for: set --max-pixels {pixels}"
-                )
+                raise UserError(f"{path}: has {pixels} pixels; so many must be asked for: set --max-pixels {pixels}")
             values = np.atleast_3d(page.asarray(out=on_disk(page.shape, np.uint8)))
         return np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
     except (UserError, RunError):
@@ -146,15 +149,6 @@ def strips(shape: tuple[int, ...], height: int = STRIP) -> list[slice]:
     return [slice(top, min(top + height, shape[0])) for top in range(0, shape[0], height)]
 
 
-def _stretch(values: np.ndarray) -> np.ndarray:
-    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 0..1; what is not finite becomes 0."""
-    values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
-    return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
-
-
 def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored; with `colours`, uint32 0xRRGGBB.
 
@@ -172,8 +166,7 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
         return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
-        colours = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)[values]
-        grey = np.ascontiguousarray(colours[..., 0])
+        colours, grey = np.array(picture.convert("RGB")), np.array(picture.convert("L"))
         if (colours == grey[..., None]).all():
             if np.isin(grey, (0, 255)).all():
                 return grey
@@ -341,8 +334,8 @@ def normalise(
     """
     view = field_of_view(image) if view is None else view
     if kind != "image":
-        full_scale = 255 if image.dtype == np.uint8 else 1
-        statistics = [np.float32(full_scale) * np.float32(values) for values in CONSTANTS[kind]]
+        full_scale = np.float32(255 if image.dtype == np.uint8 else 1)
+        statistics = [full_scale * np.float32(values) for values in CONSTANTS[kind]]
     mean, deviation = statistics_inside(image, view) if statistics is None else statistics
     scaled = image.astype(np.float32)
     scaled -= mean

@@ -26,7 +26,6 @@ SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing":
 IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
 MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
 MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
-NOTHING = "$^"  # matches no word
 SHEETS = {f"{name}_sheet.png" for name in get_args(get_type_hints(DataConfig)["name"])}  # drawn by `prepare`
 LIST = "pairs.csv"  # at the top of a folder: says what belongs together
 
@@ -121,8 +120,7 @@ def _listed(table: Path, name: str, place: str) -> Path:
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         full = os.path.abspath(os.path.join(home, form))
         if not Path(full).is_relative_to(home):
-            problem = f"{one_line(name)} lies outside {table.parent}"
-            raise UserError(f"{place}: {problem}: move the list above all files it names")
+            raise UserError(f"{place}: {one_line(name)} lies outside {table.parent}: move the list above all its files")
         if os.path.isfile(full):
             return table.parent / os.path.relpath(full, home)
     raise UserError(f"{place}: there is no file `{one_line(name)}`: paths start from the folder of the list")
@@ -131,18 +129,18 @@ def _listed(table: Path, name: str, place: str) -> Path:
 def _place(folder: Path) -> tuple[bool, tuple[str, ...]]:
     """Whether a folder is one of masks, and the folders on the way there without the words for image and mask."""
     has_masks, parts = False, []
-    for part in folder.parts:
-        rest, is_mask = _strip(part.lower(), MASK_WORDS)
-        has_masks |= is_mask
-        rest = rest if is_mask else _strip(rest, IMAGE_WORDS)[0]
+    for part in map(str.lower, folder.parts):
+        rest = _strip(part, MASK_WORDS)
+        has_masks |= rest != part
+        rest = _strip(part, IMAGE_WORDS) if rest == part else rest
         parts += [SPLIT_OF.get(rest, rest)] if rest else []
     return has_masks, tuple(parts)
 
 
-def _strip(name: str, words: str) -> tuple[str, bool]:
-    """A folder's name without a leading or trailing word of `words`, and whether there was one."""
+def _strip(name: str, words: str) -> str:
+    """A folder's name without a leading or trailing word of `words`."""
     found = re.match(rf"^(.*?)[-_ ]*(?:{words})$", name) or re.match(rf"^(?:{words})[-_ ]+(.*)$", name)
-    return (found.group(1), True) if found else (name, False)
+    return found.group(1) if found else name
 
 
 def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path]:
@@ -151,7 +149,7 @@ def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Pa
     Raises `UserError`, naming an image that has no mask, or two files that cannot be told apart.
     """
     found: dict[Path, Path] = {}
-    for image_words, mask_words in ((NOTHING, NOTHING), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
+    for image_words, mask_words in (("", ""), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
         left = _by_tokens([path for path in images if path not in found], image_words)
         right = _by_tokens([path for path in masks if path not in found.values()], mask_words)
         for key in left.keys() & right.keys():
@@ -166,18 +164,14 @@ def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Pa
 
 
 def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path]]:
+    """Files by their stems, or by the parts of them without `words`, which only say what kind of file it is."""
     groups = defaultdict(list)
     for path in paths:
-        groups[_tokens(path, words)].append(path)
+        tokens = [unicodedata.normalize("NFC", path.stem)]
+        if words:  # numbers stay (`mask01`: 01)
+            tokens = [re.sub(rf"^(?:manual\d*$|(?:{words})(?=\d*$))", "", token) for token in _words(path)]
+        groups[tuple(filter(None, tokens))].append(path)
     return groups
-
-
-def _tokens(path: Path, words: str) -> tuple[str, ...]:
-    """The parts of a file's stem without those that only say what kind of file it is; numbers stay (`mask01`: 01)."""
-    if words == NOTHING:
-        return (unicodedata.normalize("NFC", path.stem),)
-    tokens = [re.sub(rf"^(?:manual\d*$|(?:{words})(?=\d*$))", "", token) for token in _words(path)]
-    return tuple(token for token in tokens if token)
 
 
 def _words(path: Path) -> list[str]:
@@ -247,10 +241,8 @@ def assign_splits(groups: Sequence[str], brought: Sequence[str], config: DataCon
     stay apart. Raises `UserError` if there are too few groups, or one would be on two sides.
     """
     splits = ["" if split == "train" or (split == "val" and config.folds) else split for split in brought]
-    shares = {
-        "val": 0.0 if "val" in brought or config.folds else config.val_share,
-        "test": 0.0 if "test" in brought else config.test_share,
-    }
+    shares = {"val": 0.0 if config.folds else config.val_share, "test": config.test_share}
+    shares = {split: 0.0 if split in brought else share for split, share in shares.items()}
     free = [group for group, split in zip(groups, splits, strict=True) if not split]
     drawn = iter(split_by_group(free, shares, config.split_seed) if free else [])
     splits = [split or next(drawn) for split in splits]

@@ -16,26 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from unet_helpers import images
 from unet_helpers.catalogue import MEANINGS, class_names
 from unet_helpers.config import Config, DataConfig, UserError
 from unet_helpers.datasets import find_meaning, wanted_meaning
-from unet_helpers.images import (
-    LARGE,
-    STRIP,
-    decode_mask,
-    field_of_view,
-    is_coloured,
-    let_go,
-    list_images,
-    normalise,
-    on_disk,
-    open_image,
-    read_mask_values,
-    shrink,
-    statistics_inside,
-    strips,
-    view_diameter,
-)
+from unet_helpers.images import LARGE, STRIP
 from unet_helpers.metrics import level, probabilities, quantise
 from unet_helpers.model import forward_whole
 from unet_helpers.pairing import pair_by_name
@@ -53,9 +38,7 @@ VIEWS["all"] = [(axes, turned) for turned in (False, True) for axes, _ in MIRROR
 
 
 def find_views(config: Config, flips: bool | str) -> bool | str:
-    """Which `VIEWS` to average over: with `flips` the mirror images that training has shown, with `rotations` also
-    quarter turns, and `UserError` if training has not shown those.
-    """
+    """Which `VIEWS` to average over: those that training has shown; `UserError` for `rotations` that it has not."""
     shown, angle = config.augmentation.flips, config.augmentation.rotation
     if flips == "rotations" and angle < 90:
         raise UserError(f"--rotations: the run was trained with augmentation.rotation {angle}, below 90: leave it out.")
@@ -68,11 +51,10 @@ def predict_probabilities(
 ) -> Tensor:
     """Probabilities for an image, float32 (C, H, W), of any size, normalised as in training, on the model's device.
 
-    The model is in evaluation mode. `flips` averages over the image and its three mirror images, or its `horizontal`
-    one, or others of `VIEWS` (test-time augmentation); at most `tile` pixels a side go through the network at once. If
-    the network knows a `view_diameter`, see `Run`, the image is scaled to it, and the probabilities back. Returns
-    float32 (H, W), by sigmoid, or (K, H, W), by softmax, interpolated linearly to `size`, by default the image's own.
-    Outside the field of view background is certain.
+    The model is in evaluation mode. `flips`, a key of `VIEWS`, says what is averaged over (test-time augmentation); at
+    most `tile` pixels a side go through the network at once. If it knows a `view_diameter`, see `Run`, the image is
+    scaled to that, and the probabilities back. Returns float32 (H, W), by sigmoid, or (K, H, W), by softmax, of `size`,
+    by default the image's own; outside the field of view background is certain.
     """
     size = tuple(size or image.shape[-2:])
     factor = scale_of(model, (image != 0).any(0).cpu().numpy())
@@ -90,7 +72,7 @@ def predict_probabilities(
 
 def scale_of(model: nn.Module, view: np.ndarray) -> float:
     """By what the network wants a picture scaled, given its field of view, bool (H, W); 1 if that is `SAME_SIZE`."""
-    wanted, diameter = getattr(model, "view_diameter", None), view_diameter(view)
+    wanted, diameter = getattr(model, "view_diameter", None), images.view_diameter(view)
     return 1.0 if not wanted or not diameter or abs(diameter / wanted - 1) <= SAME_SIZE else wanted / diameter
 
 
@@ -116,7 +98,7 @@ def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor
     """Logits (B, K, H, W) for images (B, C, H, W) of any size; a border that valid convolutions eat is mirrored.
 
     Larger images are cut into tiles, of which only the middle is kept (the overlap-tile strategy, Ronneberger et al.
-    2015, figure 2). As their margin is as wide as the network's receptive field reaches, there are no seams.
+    2015, figure 2); their margin, as wide as the network's receptive field reaches, leaves no seams.
     """
     height, width = images.shape[-2:]
     if max(height, width) <= tile:
@@ -127,10 +109,9 @@ def predict_logits(model: nn.Module, images: Tensor, tile: int = TILE) -> Tensor
     for top in range(0, height, high):
         row = []
         for left in range(0, width, wide):
-            y0, x0 = max(top - margin, 0), max(left - margin, 0)
-            y1, x1 = min(top + high + margin, height), min(left + wide + margin, width)
-            logits = forward_whole(model, images[..., y0:y1, x0:x1])
-            row.append(logits[..., top - y0 : top - y0 + high, left - x0 : left - x0 + wide])
+            y, x = max(top - margin, 0), max(left - margin, 0)
+            logits = forward_whole(model, images[..., y : top + high + margin, x : left + wide + margin])
+            row.append(logits[..., top - y : top - y + high, left - x : left - x + wide])
         rows.append(torch.cat(row, dim=-1))
     return torch.cat(rows, dim=-2)
 
@@ -148,15 +129,15 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
     Where the network takes the picture smaller, it is reduced first and predicted as a whole.
     """
     model, data, small = run.model, run.config.data, None
-    view, (height, width) = field_of_view(picture), picture.shape[:2]
+    view, (height, width) = images.field_of_view(picture), picture.shape[:2]
     side = data.longest_side or round(max(height, width) * scale_of(model, view))
     if side < max(height, width):
-        small = predict_image(model, shrink(picture, side), device, flips, data)
+        small = predict_image(model, images.shrink(picture, side), device, flips, data)
         y, x = ((torch.arange(count, device=device) * 2 + 1) / count - 1 for count in (height, width))  # from -1 to 1
-    statistics = statistics_inside(picture, view)
+    statistics = images.statistics_inside(picture, view)
     margin, core = tiling(model, STRIP, spare=model.stride)  # what `odd` takes away is less than a stride
-    for rows in strips(picture.shape, core):
-        let_go(picture)
+    for rows in images.strips(picture.shape, core):
+        images.let_go(picture)
         # A region of fewer than `min_size` pixels spans fewer rows.
         top, bottom = max(rows.start - min_size, 0), min(rows.stop + min_size, height)
         if small is not None:
@@ -166,7 +147,7 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
             part = part.reshape(*small.shape[:-2], bottom - top, width)
         else:
             first, last = max(top - margin, 0) // model.stride * model.stride, min(bottom + margin, height)
-            image = normalise(picture[first:last], view[first:last], statistics, data.normalisation)
+            image = images.normalise(picture[first:last], view[first:last], statistics, data.normalisation)
             image = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)
             part = average(model, image, flips, STRIP, (last - height) % model.stride)
             part = part[..., top - first : bottom - first, :]
@@ -188,27 +169,25 @@ def predict(
     """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
 
     A binary mask holds 0 and 255, or the two colours of the masks trained on. With several classes it holds class
-    indices, shown in the colours of the masks trained on if those were in colours, `<stem>_color.png` shows them in
-    colours, which `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or
-    folders of them; `output` is made if need be; `flips` averages over the mirror images that training has shown, and
-    if it is `rotations` also over quarter turns; regions below `min_size` pixels are left out, see `drop_specks`.
-    With `truth`, a mask or a folder of masks of these names, `<stem>_errors.png` is written, too, and with `gif` a
-    `<stem>.gif` of image, probability and mask in turn; `quiet` shows no progress. Pictures of more than `images.LARGE`
-    pixels are predicted strip by strip and give tiled TIFFs, `<stem>_mask.tif` and `<stem>_probability.tif`; for
-    `max_pixels` see `open_image`. Returns the paths of the masks; raises `UserError`, before anything is written, if
-    input or output cannot be used.
+    indices, in the colours of the masks trained on if they had any, `<stem>_color.png` shows them in the colours that
+    `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or folders of them;
+    `flips` averages over the mirror images that training has shown, `rotations` also over quarter turns; for `min_size`
+    see `drop_specks`, for `max_pixels` `open_image`. `truth`, a mask or a folder of masks of these names, adds
+    `<stem>_errors.png`, and `gif` a `<stem>.gif` of image, probability and mask in turn. Pictures of more than `LARGE`
+    pixels are predicted strip by strip and give tiled TIFFs instead of PNGs. Returns the paths of the masks; raises
+    `UserError`, before anything is written, if input or output cannot be used.
     """
-    images = find_inputs(paths)
-    folders = {os.path.dirname(os.path.realpath(path)) for path in [*images, *([truth] if truth else [])]}
-    if os.path.realpath(output) in folders | {os.path.realpath(truth or images[0])}:
+    inputs = find_inputs(paths)
+    folders = {os.path.dirname(os.path.realpath(path)) for path in [*inputs, *([truth] if truth else [])]}
+    if os.path.realpath(output) in folders | {os.path.realpath(truth or inputs[0])}:
         raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
     config = opened.config
     meaning = MEANINGS.get(config.data.name) or wanted_meaning(config.data)
-    truths = find_truths(images, truth, meaning) if truth else {}
+    truths = find_truths(inputs, truth, meaning) if truth else {}
     flips, large = find_views(config, flips), set()
-    for path in images:  # look at every input before the first output
-        size = open_image(path, max_pixels).shape[:2]
+    for path in inputs:  # look at every input before the first output
+        size = images.open_image(path, max_pixels).shape[:2]
         large |= {path} if math.prod(size) > LARGE else set()
         if path in large and (truth or gif):
             raise UserError(f"{path}: is too large for error maps and animations: leave --truth and --gif out.")
@@ -221,8 +200,8 @@ def predict(
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
         legend.legend(handles=class_handles(names), loc="center", frameon=False)
         write_whole(output / "legend.png", to_png(legend))
-    for path in tqdm(images, desc="predict", unit="image", disable=quiet):
-        image = open_image(path, max_pixels)
+    for path in tqdm(inputs, desc="predict", unit="image", disable=quiet):
+        image = images.open_image(path, max_pixels)
         if path in large:
             parts = predict_strips(opened, image, target, flips, min_size)
             write_large(output / path.stem, parts, image.shape[:2], opened)
@@ -236,7 +215,7 @@ def predict(
             files[".gif"] = animate(frames(image, probability, mask))
         for ending, content in files.items():
             write_whole(output / (path.stem + ending), content)
-    return [output / f"{path.stem}_mask.{'tif' if path in large else 'png'}" for path in images]
+    return [output / f"{path.stem}_mask.{'tif' if path in large else 'png'}" for path in inputs]
 
 
 def predict_image(
@@ -244,8 +223,9 @@ def predict_image(
 ) -> Tensor:
     """`predict_probabilities` of a picture, see `read_image`, at its size, prepared as `data` or its defaults say."""
     data = data or DataConfig()
-    normalised = normalise(shrink(image, data.longest_side), kind=data.normalisation).transpose(2, 0, 1).copy()
-    return predict_probabilities(model, torch.from_numpy(normalised).to(device), flips, size=image.shape[:2])
+    normalised = images.normalise(images.shrink(image, data.longest_side), kind=data.normalisation)
+    tensor = torch.from_numpy(normalised.transpose(2, 0, 1).copy()).to(device)
+    return predict_probabilities(model, tensor, flips, size=image.shape[:2])
 
 
 def classify(probability: Tensor, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -286,8 +266,7 @@ def render(
     """
     classes, levels = classify(probability, threshold)
     scale = 255 if probability.ndim == 2 and not palette else 1
-    mask = to_png(classes * scale, palette)
-    files = {"_mask.png": mask, "_probability.png": to_png(levels)}
+    files = {"_mask.png": to_png(classes * scale, palette), "_probability.png": to_png(levels)}
     if probability.ndim == 3:
         files["_color.png"] = to_png(colour_classes(classes, len(probability)))
     return classes, files
@@ -295,12 +274,12 @@ def render(
 
 def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[int, int], run: Run) -> None:
     """Write mask and probability of a picture predicted in strips as tiled TIFFs; until then they lie on the disk."""
-    mask, levels = on_disk(size, np.uint8, stem.parent), on_disk(size, np.uint16, stem.parent)
+    mask, levels = (images.on_disk(size, dtype, stem.parent) for dtype in (np.uint8, np.uint16))
     for rows, part in parts:
         mask[rows], levels[rows] = classify(part, run.threshold)
         mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
-        let_go(mask)
-        let_go(levels)
+        images.let_go(mask)
+        images.let_go(levels)
     for name, array in (("mask", mask), ("probability", levels)):
         with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as file:
             imwrite(file, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31)
@@ -317,19 +296,20 @@ def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[
 
 def find_inputs(paths: list[Path | str]) -> list[Path]:
     """The image files among files and folders; two of one stem would overwrite each other's predictions."""
-    images = [image for path in map(Path, paths) for image in (list_images(path) if path.is_dir() else [path])]
+    files = [file for path in map(Path, paths) for file in (images.list_images(path) if path.is_dir() else [path])]
     stems = {}
-    for path in images:
+    for path in files:
         if (other := stems.setdefault(path.stem, path)) is not path:
             raise UserError(f"{path}: its predictions would overwrite those of {other}; predict them apart.")
-    return images
+    return files
 
 
-def find_truths(images: list[Path], truth: Path | str, meaning="auto") -> dict[Path, np.ndarray]:
+def find_truths(inputs: list[Path], truth: Path | str, meaning="auto") -> dict[Path, np.ndarray]:
     """Masks (H, W) for the images, found by name as in a folder data set; `meaning` as in `decode_mask`, or `auto`."""
     truth = Path(truth)
-    if not truth.is_dir() and len(images) > 1:
-        raise UserError(f"{truth}: this is one mask for {len(images)} images; name a folder of masks.")
-    masks = pair_by_name(images, list_images(truth)) if truth.is_dir() else {images[0]: truth}
+    if not truth.is_dir() and len(inputs) > 1:
+        raise UserError(f"{truth}: this is one mask for {len(inputs)} images; name a folder of masks.")
+    masks = pair_by_name(inputs, images.list_images(truth)) if truth.is_dir() else {inputs[0]: truth}
     meaning = find_meaning(list(masks.values()), meaning)
-    return {path: decode_mask(read_mask_values(mask, is_coloured(meaning)), meaning) for path, mask in masks.items()}
+    coloured = images.is_coloured(meaning)
+    return {path: images.decode_mask(images.read_mask_values(mask, coloured), meaning) for path, mask in masks.items()}
