@@ -102,8 +102,7 @@ def export_command(args: Namespace) -> None:
 
 def benchmark_command(args: Namespace) -> None:
     """Measure speed and memory of training and prediction: medians and quartiles."""
-    from unet_helpers.runs import measure_large
-    from unet_helpers.studies import benchmark
+    from unet_helpers.studies import benchmark, measure_large
 
     config = from_parsed(args.as_dict())
     large = measure_large(config) if args.large else {}
@@ -117,15 +116,8 @@ def study_command(args: Namespace) -> None:
     print(format_study(summarise_study(run_study(args.study, args.arms), *load_grid(args.study))))
 
 
-COMMANDS = {
-    "prepare": prepare_command,
-    "train": train_command,
-    "evaluate": evaluate_command,
-    "predict": predict_command,
-    "export": export_command,
-    "benchmark": benchmark_command,
-    "study": study_command,
-}
+COMMANDS = (prepare_command, train_command, evaluate_command, predict_command, export_command, benchmark_command)
+COMMANDS = {command.__name__.removesuffix("_command"): command for command in (*COMMANDS, study_command)}
 
 
 def make_parsers() -> dict[str, Parser]:

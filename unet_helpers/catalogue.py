@@ -1,7 +1,4 @@
-"""The public data sets: where their files lie, what the numbers in their labels mean, and how to get them.
-
-Each reader finds a set at any depth below a folder, checks that it is whole, and lists its pairs of image and mask.
-"""
+"""The public data sets: how to get them, where at any depth their files lie, and what numbers in their labels mean."""
 
 import glob
 import json

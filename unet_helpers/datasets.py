@@ -1,7 +1,4 @@
-"""Samples: which image belongs to which mask and to which split, and how they reach the network.
-
-`find_samples` lists them, `load_sample` reads one, `TrainingPatches` and `WholeImages` feed the network.
-"""
+"""Samples: which image belongs to which mask and to which split, and how they reach the network."""
 
 import hashlib
 import io
@@ -93,15 +90,14 @@ def settle(config: DataConfig) -> DataConfig:
     if config.name != "folder":
         return config
     meaning = find_samples(config)[0].meaning
-    palette = tuple(f"#{colour:06x}" for colour in meaning) if images.is_coloured(meaning) else None
+    palette = tuple(f"#{colour:06x}" for colour in meaning) if isinstance(meaning, images.Colours) else None
     return replace(config, mask_values="colours" if palette else meaning, palette=palette)
 
 
 def find_meaning(masks: Sequence[Path], wanted: images.Meaning | str = "auto") -> images.Meaning:
     """What mask values mean: what is `wanted` or, for `auto` and `colours`, what every mask of the data set says.
 
-    They are `colours` if any mask is in true colours, or if palettes disagree, so that their indices mean nothing. An
-    error names the mask with the strangest values.
+    They are `colours` if any is in true colours, or palettes disagree. An error names the mask of strangest values.
     """
     if wanted != "auto":
         return images.find_palette(masks) if wanted == "colours" else wanted
@@ -134,7 +130,7 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         image, values = load_nyuv2(sample.image, sample.number)
     else:
         image = images.read_image(sample.image)
-        values = images.read_mask_values(sample.mask, images.is_coloured(sample.meaning))
+        values = images.read_mask_values(sample.mask, isinstance(sample.meaning, images.Colours))
     view = None if sample.field_of_view is None else images.read_mask_values(sample.field_of_view)
     for path, array in ((sample.mask, values), (sample.field_of_view, view)):
         if array is not None and array.shape != image.shape[:2]:
@@ -230,8 +226,7 @@ class TrainingPatches(Dataset):
     It is from the image at place n % N of epoch n // N's shuffling and depends on (seed, epoch, index of the image)
     alone: any number of loader workers gives the same, and `sampler=range(first, last)` goes on where training stopped.
     Items are (image, mask): float32 (3, P, P), normalised as the whole image is and 0 outside its field of view; int64
-    (P, P) with 255 for "ignore". Raises `UserError` if no sample is for training, no mask holds foreground, or one a
-    class that `config.model` lacks.
+    (P, P) with 255 for "ignore". `UserError` if no sample is for training or no mask holds foreground, and as `check`.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config, quiet: bool = False) -> None:

@@ -1,6 +1,4 @@
-"""Score a network under one protocol: native size, pixels marked 255 left out, counts pooled over all images, at the
-threshold of the run's own `metrics.json`, where training put it after looking at validation images only.
-"""
+"""Score a network under one protocol: native size, 255 left out, counts pooled over all images, one threshold."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -125,8 +123,7 @@ def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save
 
     The `options` `flips` (by default True), `min_size` (0) and `device` are those of `predict`. `save` also writes the
     scores into the run's `metrics.json`, under the split's name (after that of another data set), and counts the
-    reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does. Raises `UserError` if the run,
-    the data or the split cannot be used.
+    reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does. `UserError` as in `score_run`.
     """
     opened, result = score_run(run, data, split, choose=save and split == "val", **options)
     summary = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))
@@ -150,9 +147,8 @@ def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None
 def score_run(
     run: Path | str, data: DataConfig | None, split: str, flips=True, device: str = "auto", min_size=0, choose=False
 ) -> tuple[Run, Evaluation]:
-    """Open a run and count on one split; of an ensemble, `choose` the threshold there.
-
-    No image may be one that a run of an ensemble was trained on, which would make it the others' judge (`UserError`).
+    """Open a run and count on one split; of an ensemble, `choose` the threshold there. `UserError` if they cannot be
+    used, or if a run of the ensemble was trained on an image of the split, which would make it the others' judge.
     """
     opened, target = load_run(run), find_device(device)
     config = replace(opened.config, data=data or opened.config.data)

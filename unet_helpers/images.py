@@ -6,9 +6,6 @@ A photograph is made of colours (`read_image`); a mask is made of numbers, howev
 
 import logging
 import math
-import mmap
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +17,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageOps
 
 from unet_helpers.config import IGNORE, RunError, UserError, one_line
+from unet_helpers.system import on_disk
 
 
 class Colours(dict[int, int]):
@@ -127,23 +125,6 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
         return read_image(path)
 
 
-def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = None) -> np.ndarray:
-    """A memory-mapped array whose temporary file is gone with it; `RunError` if the disk has no room."""
-    folder, size = folder or tempfile.gettempdir(), math.prod(shape) * np.dtype(dtype).itemsize
-    if shutil.disk_usage(folder).free < size:
-        raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def let_go(array: np.ndarray) -> None:
-    """Take what was touched of an array `on_disk` out of memory, where the system can; on the disk it stays."""
-    while isinstance(array, np.ndarray):
-        array = array.base
-    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array.madvise(mmap.MADV_DONTNEED)
-
-
 def strips(shape: tuple[int, ...], height: int = STRIP) -> list[slice]:
     """The rows of a picture of this shape, some at a time."""
     return [slice(top, min(top + height, shape[0])) for top in range(0, shape[0], height)]
@@ -239,11 +220,6 @@ def find_palette(masks: Iterable[Path]) -> Colours:
     return Colours({colour: n for n, colour in enumerate(sorted(pixels, key=lambda one: (one != first, one)))})
 
 
-def is_coloured(meaning: Meaning) -> bool:
-    """Whether the masks are pictures in colours, and the meaning tells the class of each, 0xRRGGBB."""
-    return isinstance(meaning, Colours)
-
-
 def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
     """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
 
@@ -253,7 +229,7 @@ def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
         known, classes = np.array(sorted(meaning.items())).T
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
         if (wrong := values[known[place] != values]).size:
-            value = f"the colour #{wrong[0]:06x}" if is_coloured(meaning) else f"the label {wrong[0]}"
+            value = f"the colour #{wrong[0]:06x}" if isinstance(meaning, Colours) else f"the label {wrong[0]}"
             raise UserError(f"holds {value}, which is no class of this data set: mend the mask, or get it again")
         return classes[place].astype(np.uint8)
     if meaning == "binary":

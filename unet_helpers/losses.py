@@ -1,8 +1,7 @@
 """What training minimises: cross-entropy plus a share of soft Dice, with pixels marked 255 left out.
 
-Cross-entropy asks every pixel to be right and is smooth from the first step; soft Dice asks the overlap of regions to
-be right, however much background there is. Both follow from a few sums, which are added up over processes before
-anything is divided: several GPUs minimise what one GPU with the whole batch would.
+Cross-entropy asks every pixel to be right, soft Dice the overlap of regions, however much background there is. Both
+follow from sums that are added up over processes first: several GPUs minimise what one with the whole batch would.
 """
 
 import math
@@ -39,8 +38,7 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over valid pixels of -log p of the true class, with p = softmax(logits).
 
-    That is logsumexp(z) - z[true class]. All as in `binary_cross_entropy`, but for logits (B, K, H, W) with K of at
-    least 2 and labels 0..K-1.
+    That is logsumexp(z) - z[true class]. Else as `binary_cross_entropy`, of logits (B, K > 1, H, W), labels 0..K-1.
     """
     pixels, total = _cross_entropy_sums(*_prepare(logits, target))
     if logits.shape[1] == 1:
@@ -60,28 +58,23 @@ def soft_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class SegmentationLoss(nn.Module):
-    """cross_entropy_weight · cross-entropy + dice_weight · soft Dice loss, over one process or over many.
+    """Cross-entropy + dice_weight · soft Dice loss, over one process or over many.
 
     Binary (num_classes = 1) takes `binary_cross_entropy`, otherwise `cross_entropy`; see there and at `soft_dice_loss`.
     With `class_weights`, a number for each class (binary: background, foreground), cross-entropy is the mean over valid
-    pixels weighted by their true class, as in torch. Labels are checked on the CPU only: looking at values would make a
-    GPU wait at every step.
+    pixels weighted by their true class, as in torch. Labels are checked on the CPU only: a GPU would have to wait.
 
     Over W processes: with s_r the sums of process r and S = Σ s_r, the loss is L(S) (not the mean of the L(s_r) unless
     all have equally many valid pixels). Its gradient is Σ_r L'(S)·∂s_r, but DDP averages to (1/W)·Σ_r g_r. Therefore
     process r returns a scalar with the value L(S), ready to be logged, and the gradient g_r = W·L'(S)·∂s_r.
     """
 
-    def __init__(
-        self, num_classes: int, dice_weight=0.5, cross_entropy_weight=1.0, class_weights: Sequence[float] | None = None
-    ):
-        """Raises `UserError` for num_classes outside 1..255 and for weights that are negative or both 0."""
+    def __init__(self, num_classes: int, dice_weight=0.5, class_weights: Sequence[float] | None = None):
+        """Raises `UserError` for num_classes outside 1..255 and for a negative weight."""
         super().__init__()
         need(1 <= num_classes <= IGNORE, "num_classes", num_classes, f"1 (binary) to {IGNORE}, which means ignore")
-        weights = (dice_weight, cross_entropy_weight)
-        good = all(0 <= weight < math.inf for weight in weights) and any(weights)
-        need(good, "(dice_weight, cross_entropy_weight)", weights, "two numbers of at least 0, not both 0")
-        self.num_classes, self.dice_weight, self.cross_entropy_weight = num_classes, dice_weight, cross_entropy_weight
+        need(0 <= dice_weight < math.inf, "dice_weight", dice_weight, "0 or more")
+        self.num_classes, self.dice_weight = num_classes, dice_weight
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -99,9 +92,7 @@ class SegmentationLoss(nn.Module):
         return loss.detach() + total[-1] * (loss - loss.detach())
 
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Number (or weight) of valid pixels, Σ cross-entropy, then per class Σ p·y, Σ p, Σ y: (2 + 3K,) float32. That
-        is all that the loss needs of a batch; add them up over batches or processes.
-        """
+        """Weight of valid pixels, Σ cross-entropy, per class Σ p·y, Σ p, Σ y: (2 + 3K,) float32, to be added up."""
         z, truth, valid = _prepare(logits, target, self.num_classes)
         weight = valid
         if self.class_weights is not None:
@@ -112,7 +103,7 @@ class SegmentationLoss(nn.Module):
     def from_sums(self, sums: Tensor) -> Tensor:
         """The loss, a scalar, from (added up) `sums`. A whole validation set is best added up in float64."""
         cross_entropy = sums[1] / sums[0].where(sums[0] > 0, 1)
-        return self.cross_entropy_weight * cross_entropy + self.dice_weight * _dice_loss(sums[2:])
+        return cross_entropy + self.dice_weight * _dice_loss(sums[2:])
 
 
 def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,10 +45,9 @@ def _negative_part(x: torch.Tensor) -> torch.Tensor:
 
 
 class PySiLU(nn.Module):
-    """x for x >= 0 and x / (1 + x²) below, in shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN.
+    """x for x >= 0 and x / (1 + x²) below: a dip to -1/2 at x = -1 that fades like 1/x, without SiLU's exponential.
 
-    The gradient is 1 for x >= 0 and (1 - x²) / (1 + x²)² below: a dip that reaches -1/2 at x = -1 and fades like 1/x,
-    never quite dead on the negative side, as SiLU's is, but without an exponential.
+    In shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN. Gradient: 1, and (1 - x²) / (1 + x²)².
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -268,9 +267,8 @@ class Ensemble(nn.Module):
 def initialise(module: nn.Module) -> None:
     """Draw a convolution's weights so that signals neither grow nor fade with depth (He et al., arXiv:1502.01852).
 
-    In front of an activation, which keeps about half the signal's power, the variance is 2 / fan-in (ReLU's gain; the
-    others' differ little); up-convolutions (one pixel of each channel feeds an output pixel) and 1×1 convolutions have
-    none: 1 / fan-in. Biases start at 0.
+    In front of an activation, which keeps about half the power, the variance is 2 / fan-in (ReLU's gain; the others'
+    differ little), else (1×1, and up-convolutions, where one pixel feeds each output pixel) 1 / fan-in. Biases are 0.
     """
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         linear = isinstance(module, nn.ConvTranspose2d) or module.kernel_size == (1, 1)

@@ -1,8 +1,8 @@
 """Which files belong together: an image with its mask, the pictures of one group, the groups on one side of a split.
 
-Words that only say "I am an image" or "I am a mask" are struck out of names such as `01_test.tif` and `01_manual1.gif`;
-what is left must be the same on both sides. A group (one eye with its augmented copies, one car with its 16 views) must
-not be torn apart: near-copies of training images would be in the test set, and the score would measure memory.
+Words that only say "I am an image" or "I am a mask" are struck out of names such as `01_test.tif` and `01_manual1.gif`.
+A group (one eye with its augmented copies, one car with its 16 views) must not be torn apart: near-copies of training
+images would be in the test set, and the score would measure memory.
 """
 
 import csv

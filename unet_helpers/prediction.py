@@ -1,7 +1,4 @@
-"""From an image to a probability for every pixel, and from image files to masks on the disk.
-
-Borders are mirrored where convolutions eat them, large images go tile by tile, mirror images are averaged.
-"""
+"""From an image to a probability for every pixel, and from image files to masks on the disk."""
 
 import math
 import os
@@ -26,7 +23,7 @@ from unet_helpers.model import forward_whole
 from unet_helpers.pairing import pair_by_name
 from unet_helpers.plots import animate, class_handles, colour_classes, error_map, to_png
 from unet_helpers.runs import Run, load_run
-from unet_helpers.system import find_device, make_folder, whole_file, write_whole
+from unet_helpers.system import find_device, let_go, make_folder, on_disk, whole_file, write_whole
 
 TILE = 1536  # images with a longer side are predicted tile by tile, which bounds the memory needed
 SAME_SIZE = 0.1  # a field of view whose diameter differs less than this from that in training is left as it is
@@ -137,7 +134,7 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
     statistics = images.statistics_inside(picture, view)
     margin, core = tiling(model, STRIP, spare=model.stride)  # what `odd` takes away is less than a stride
     for rows in images.strips(picture.shape, core):
-        images.let_go(picture)
+        let_go(picture)
         # A region of fewer than `min_size` pixels spans fewer rows.
         top, bottom = max(rows.start - min_size, 0), min(rows.stop + min_size, height)
         if small is not None:
@@ -260,10 +257,7 @@ def drop_specks(probability: Tensor, threshold: float | None, min_size: int) -> 
 def render(
     probability: Tensor, threshold: float | None = None, palette: tuple[str, ...] | None = None
 ) -> tuple[np.ndarray, dict[str, bytes]]:
-    """Class indices uint8 (H, W), and the files that show a prediction, as bytes by ending.
-
-    For `palette` see `config.data.palette`; without one a binary mask is black and white.
-    """
+    """Class indices uint8 (H, W), and what shows them as files, by ending; a binary mask, but for a palette, as 255."""
     classes, levels = classify(probability, threshold)
     scale = 255 if probability.ndim == 2 and not palette else 1
     files = {"_mask.png": to_png(classes * scale, palette), "_probability.png": to_png(levels)}
@@ -274,12 +268,12 @@ def render(
 
 def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[int, int], run: Run) -> None:
     """Write mask and probability of a picture predicted in strips as tiled TIFFs; until then they lie on the disk."""
-    mask, levels = (images.on_disk(size, dtype, stem.parent) for dtype in (np.uint8, np.uint16))
+    mask, levels = (on_disk(size, dtype, stem.parent) for dtype in (np.uint8, np.uint16))
     for rows, part in parts:
         mask[rows], levels[rows] = classify(part, run.threshold)
         mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
-        images.let_go(mask)
-        images.let_go(levels)
+        let_go(mask)
+        let_go(levels)
     for name, array in (("mask", mask), ("probability", levels)):
         with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as file:
             imwrite(file, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31)
@@ -311,5 +305,5 @@ def find_truths(inputs: list[Path], truth: Path | str, meaning="auto") -> dict[P
         raise UserError(f"{truth}: this is one mask for {len(inputs)} images; name a folder of masks.")
     masks = pair_by_name(inputs, images.list_images(truth)) if truth.is_dir() else {inputs[0]: truth}
     meaning = find_meaning(list(masks.values()), meaning)
-    coloured = images.is_coloured(meaning)
+    coloured = isinstance(meaning, images.Colours)
     return {path: images.decode_mask(images.read_mask_values(mask, coloured), meaning) for path, mask in masks.items()}

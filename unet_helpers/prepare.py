@@ -4,9 +4,7 @@ Every image and mask is opened: what is missing, damaged, of another size or odd
 file's name, and not at night in epoch 17. `expand_offline` is the old way of augmenting.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,10 +21,10 @@ from tqdm import tqdm
 from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing, read_drive
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
-from unet_helpers.images import is_coloured, orientation, shrink
+from unet_helpers.images import Colours, orientation, shrink
 from unet_helpers.pairing import SPLITS
 from unet_helpers.plots import CELL, contact_sheet, overlay, to_png
-from unet_helpers.system import make_folder, write_error, write_whole
+from unet_helpers.system import make_folder, write_error, write_table, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
@@ -76,12 +74,8 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     make_folder(output)
     paths = {split: output / f"{config.name}_{split}.csv" for split in SPLITS}
     for split, path in paths.items():
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in (vars(sample) for sample in samples if sample.split == split):
-            writer.writerow(row | {name: _listed(row[name], output) for name in COLUMNS[:3]})
-        write_whole(path, table.getvalue())
+        rows = (vars(sample) for sample in samples if sample.split == split)
+        write_table(path, COLUMNS, [row | {name: _listed(row[name], output) for name in COLUMNS[:3]} for row in rows])
     known = samples[0].meaning.values() if isinstance(samples[0].meaning, dict) else ()
     names = class_names(config, 1 + max({0, *np.flatnonzero(pixels).tolist(), *known} - {IGNORE}))
     paths["sheet"] = output / f"{config.name}_sheet.png"
@@ -114,10 +108,10 @@ def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixel
     scored, found = max(1, pixels[:IGNORE].sum()), np.flatnonzero(pixels[:IGNORE])
     shares = [f"{names[value]} {pixels[value] / scored:.1%}" for value in found]
     meaning = samples[0].meaning
-    if config.name == "folder" and is_coloured(meaning):
+    if config.name == "folder" and isinstance(meaning, Colours):
         meaning = "colours, " + ", ".join(f"#{colour:06x} = class {index}" for colour, index in meaning.items())
     elif isinstance(meaning, dict):
-        form, style = ("colours", "#{:06x}") if is_coloured(meaning) else ("labels", "{}")
+        form, style = ("colours", "#{:06x}") if isinstance(meaning, Colours) else ("labels", "{}")
         void = ", ".join(style.format(value) for value, index in meaning.items() if index == IGNORE)
         meaning = f"{len(set(meaning.values()) - {IGNORE})} classes from the set's own {form}; {void} ignored"
     else:

@@ -1,23 +1,14 @@
-"""A run lives in a folder: five published files, and `state/last.safetensors` with what resuming needs: the weights,
-their average over time, the optimiser and, as JSON in its header, the progress. It is one file, so that whatever moment
-training is killed in, it is that of one finished epoch.
+"""A run lives in a folder: five published files, and `state/last.safetensors`, with weights, average, optimiser and
+progress in one file, so that whatever moment training is killed in, they are of one finished epoch.
 """
 
 import csv
-import io
 import json
-import math
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import tifffile
 import torch
 from torch import nn
 
@@ -25,8 +16,7 @@ from unet_helpers.catalogue import class_names
 from unet_helpers.config import Config, UserError, dump_config, load_config, one_line, to_dict
 from unet_helpers.model import Ensemble, build_model
 from unet_helpers.plots import plot_history, to_png
-from unet_helpers.sample_data import make_retina
-from unet_helpers.system import make_folder, read_tensors, without_nan, write_json, write_tensors, write_whole
+from unet_helpers.system import make_folder, read_tensors, without_nan, write_table, write_tensors, write_whole
 
 LAST = Path("state") / "last.safetensors"
 PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
@@ -249,15 +239,6 @@ def write_history(run: Path, history: list[dict]) -> None:
     write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
 
 
-def write_table(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
-    """Write rows as CSV, whole or not at all."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, table.getvalue())
-
-
 def read_history(path: Path | str) -> list[dict]:
     """Rows of a `history.csv` as dictionaries of numbers, None where a cell is empty."""
     kinds = dict.fromkeys(COLUMNS, float) | dict.fromkeys(("epoch", "step", "val_correct", "val_total"), int)
@@ -267,30 +248,3 @@ def read_history(path: Path | str) -> list[dict]:
         return [{name: None if row[name] == "" else kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a training history: {error}") from None
-
-
-LARGE_TRIAL = """
-import sys
-from unet_helpers import images, prediction
-from unet_helpers.system import peak_memory
-before, images.LARGE, prediction.LARGE, (run, picture, output) = peak_memory(), 0, 0, sys.argv[1:]
-prediction.predict(run, [picture], output, device="cpu", quiet=True)
-print(peak_memory() - before)
-"""
-
-
-def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
-    """Seconds, and GiB above the imported program (not on Windows), that predicting a tiled TIFF of `side` × `side`
-    pixels with flips takes on the CPU, files included: in a process of its own, with a new network.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        run, tile, started = Path(folder), make_retina(0, 256).image, time.perf_counter()
-        write_whole(run / "config.yaml", dump_config(config))
-        write_json(run / "metrics.json", {"threshold": 0.5})
-        write_tensors(run / "model.safetensors", build_model(config.model).state_dict())
-        options = {"dtype": np.uint8, "tile": (256, 256), "compression": "zlib", "photometric": "rgb"}
-        tiles = iter([tile] * math.ceil(side / 256) ** 2)
-        tifffile.imwrite(run / "in.tif", tiles, shape=(side, side, 3), **options)
-        command = [sys.executable, "-c", LARGE_TRIAL, run, run / "in.tif", run / "out"]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        return {"large_seconds": time.perf_counter() - started, "large_memory_gib": float(result.stdout)}

@@ -1,8 +1,7 @@
 """Retina photographs with labels, drawn from a seed: data for every notebook and test, with no file and no download.
 
-Four steps, each a section below, make a retina: the *background* (choroid, optic disc, macula, lesions), the *tree* of
-arteries and veins, its *drawing* into coverage maps, and the *camera* (light, blur, colour, noise). Geometry is in
-units of the field of view's radius, and noise per pixel comes last, so a seed gives one eye at any resolution.
+Sections below: *background* (choroid, optic disc, macula, lesions), *tree* of arteries and veins, its *drawing*, and
+*camera*. Lengths are in radii of the field of view, noise comes last: a seed gives one eye at any resolution.
 """
 
 import operator

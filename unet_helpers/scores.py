@@ -1,9 +1,8 @@
 """How good a segmentation is, and how sure that is: plain functions of pixel counts, which `metrics` collects.
 
-Counts are pooled over all pixels of all images, and the score is computed from them once. 0/0 is NaN, and `undefined`
-says why. (Predicting nothing where there is something to be found is no such case: its Dice is 0.) The bootstrap
-imitates other test images: it draws as many again, with replacement, thousands of times, and computes the score anew.
-Images are drawn and not pixels, because the pixels of one image stand or fall together.
+Counts are pooled over all images, and the score is computed from them once; 0/0 is NaN, and `undefined` says why. The
+bootstrap imitates other test images: it draws as many again, with replacement, thousands of times, and computes the
+score anew. Images are drawn and not pixels, because the pixels of one image stand or fall together.
 """
 
 import math

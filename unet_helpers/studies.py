@@ -1,23 +1,26 @@
 """What settings bring, and what they cost: studies of several runs an arm, and the speed of one.
 
-A study, as one seed decides nothing, is a folder whose `grid.yaml` names arms, each some settings and a number of
-seeds. `run_study` trains what is missing, in `runs/` inside it, and adds a row a run to `rows.csv`; `summarise_study`
-turns the rows into a table with intervals.
+A study is a folder whose `grid.yaml` names arms, each some settings and a number of seeds. `run_study` trains what is
+missing and adds a row a run to `rows.csv`; `summarise_study` turns the rows into a table with intervals.
 """
 
 import csv
 import json
 import math
 import statistics
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import tifffile
 import torch
 from torch.utils.data import DataLoader
 
+from unet_helpers import system
 from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line, read_yaml
 from unet_helpers.datasets import TrainingPatches, WholeImages, decode, settle
 from unet_helpers.evaluation import samples_of, score_images
@@ -25,10 +28,10 @@ from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import mean_dice
 from unet_helpers.model import build_model, count_parameters
 from unet_helpers.plots import plot_arms, to_png
-from unet_helpers.prediction import predict_probabilities
-from unet_helpers.runs import load_run, read_history, result_settings, write_table
+from unet_helpers.prediction import predict, predict_probabilities
+from unet_helpers.runs import load_run, new_run, read_history, result_settings
+from unet_helpers.sample_data import make_retina
 from unet_helpers.scores import Score, bootstrap_interval, dice, paired_difference, widened
-from unet_helpers.system import clock, describe_device, find_device, measure, peak_memory, spread, write_whole
 from unet_helpers.training import make_accelerator, shared_batches, train, train_step
 
 ENOUGH_SEEDS = 5  # with fewer, nothing is called better
@@ -53,9 +56,8 @@ class Arm:
 def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
     """The arms of a study by name, and which one the others are compared with; `UserError` if `grid.yaml` is wrong.
 
-    The file holds `baseline: NAME`, `base:` with settings as in a run's `config.yaml`, and `arms:`, a mapping from
-    names to `seeds: 5` (from 0 on) or a list of them, and what differs from the base, as `model.activation: gelu`;
-    `starts_from: ARM` is optional.
+    It holds `baseline: NAME`, `base:` with settings as in a run's `config.yaml`, and `arms:`, a mapping from names to
+    `seeds: 5` (or a list), what differs from the base (`model.activation: gelu`) and perhaps `starts_from: ARM`.
     """
     path = Path(study) / "grid.yaml"
     grid, arms = read_yaml(path), {}
@@ -98,8 +100,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
     """Train every run of the grid (of the arms `only`) that has no row yet; return all rows that belong to the grid.
 
     Interrupted runs go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are written as
-    runs finish, with a picture of the table, `arms.png`. Raises `UserError` if grid or rows cannot be read, or a run in
-    the way has other settings.
+    runs finish, with a picture, `arms.png`. `UserError` if grid or rows cannot be read, or a run in the way differs.
     """
     study = Path(study)
     arms, baseline = load_grid(study)
@@ -119,7 +120,8 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                 row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
                 rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
                 write_rows(study, rows)
-                write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
+                picture = plot_arms(summarise_study(rows, arms, baseline), baseline)
+                system.write_whole(study / "arms.png", to_png(picture))
     return rows
 
 
@@ -139,7 +141,7 @@ def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool
 
 def score_arm(run: Path) -> dict:
     """What a row says about a finished run."""
-    opened, history, device, dices = load_run(run), read_history(run / "history.csv"), find_device(), {}
+    opened, history, device, dices = load_run(run), read_history(run / "history.csv"), system.find_device(), {}
     network, classes = opened.model.to(device, memory_format=torch.channels_last), opened.config.model.num_classes
     for split in ("train", "val"):
         names = opened.metrics["training_images"][:SOME_IMAGES]
@@ -182,7 +184,7 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
 def write_rows(study: Path, rows: list[dict]) -> None:
     """Write `rows.csv`, whole or not at all."""
     cells = [{k: v if k in TEXT else json.dumps(v) for k, v in row.items()} for row in rows]
-    write_table(study / "rows.csv", COLUMNS, cells)
+    system.write_table(study / "rows.csv", COLUMNS, cells)
 
 
 def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> list[dict]:
@@ -255,30 +257,46 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     network = build_model(config.model).to(device).train()
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, fused=device.type != "mps")
     model, optimiser = accelerator.prepare(network, optimiser)
-    loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight)
+    loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight, settings.class_weights)
     batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
     loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
     times = []
     for _ in range(warmup + steps):
-        started = clock(device)
+        started = system.clock(device)
         images, masks = next(loader)
-        loaded = clock(device)
+        loaded = system.clock(device)
         train_step(model, optimiser, loss_function, accelerator, images, masks, settings.clip_norm)
-        times.append((loaded - started, clock(device) - started))
+        times.append((loaded - started, system.clock(device) - started))
     waits, totals = np.array(times[warmup:]).T
 
     plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(3, *size, device=device)
     samples, turns = cycle(patches.decoded.samples), cycle(range(len(patches.decoded)))
-    timed = partial(measure, device=device, steps=steps, warmup=warmup)
-    result = {"device": describe_device(device), "precision": accelerator.mixed_precision}
+    timed = partial(system.measure, device=device, steps=steps, warmup=warmup)
+    result = {"device": system.describe_device(device), "precision": accelerator.mixed_precision}
     result |= {"parameters": count_parameters(plain), "batch_size": settings.batch_size}
     result |= {"patch_size": config.augmentation.patch_size, "image_size": list(size)}
-    result |= {"training_step_seconds": spread(totals), "data_seconds": spread(waits)}
+    result |= {"training_step_seconds": system.spread(totals), "data_seconds": system.spread(waits)}
     result |= {"data_share": float(waits.sum() / totals.sum())}
-    result |= {"images_per_second": spread(settings.batch_size / totals)}
+    result |= {"images_per_second": system.spread(settings.batch_size / totals)}
     result["decode_seconds"] = timed(lambda: decode(next(samples), config.data.longest_side))
     result["cached_seconds"] = timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]])
     result["predict_seconds"] = timed(lambda: predict_probabilities(plain, image, False))
     result["predict_flips_seconds"] = timed(lambda: predict_probabilities(plain, image))
-    return result | {"peak_memory_gib": peak_memory(device)}
+    return result | {"peak_memory_gib": system.peak_memory(device)}
+
+
+def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
+    """Seconds, files included, that predicting a tiled TIFF of `side` × `side` pixels with flips takes on the CPU, and
+    GiB above what this process has ever used before (Linux only), with a new network.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run, tiles = Path(folder), [make_retina(0, 256).image] * math.ceil(side / 256) ** 2
+        new_run(run, config, resume=False)
+        system.write_json(run / "metrics.json", {"threshold": 0.5})
+        system.write_tensors(run / "model.safetensors", build_model(config.model).state_dict())
+        options = {"dtype": np.uint8, "tile": (256, 256), "compression": "zlib", "photometric": "rgb"}
+        tifffile.imwrite(run / "in.tif", iter(tiles), shape=(side, side, 3), **options)
+        before, started = system.peak_memory(), time.perf_counter()
+        predict(run, [run / "in.tif"], run / "out", device="cpu", quiet=True)
+        return {"large_seconds": time.perf_counter() - started, "large_memory_gib": system.peak_memory() - before}

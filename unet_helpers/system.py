@@ -3,16 +3,21 @@
 Every file is written whole or not at all, and reading one executes nothing from it: weights are safetensors.
 """
 
+import csv
 import ctypes
 import errno
+import io
 import json
+import math
+import mmap
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -102,17 +107,13 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def peak_memory(device: torch.device | None = None) -> float:
-    """GiB of CUDA memory allocated at most; elsewhere of the process, libraries included (Linux and Macs, else NaN)."""
+    """GiB of CUDA memory allocated at most; elsewhere of the process, libraries included (Linux, else NaN)."""
     if device and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():  # Linux; unlike `getrusage` it forgets what the program used that started this one
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
-    if sys.platform != "darwin":
-        return float("nan")
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    return float("nan")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -135,6 +136,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def write_json(path: Path, content: dict) -> None:
     """Write a dictionary as JSON, whole or not at all. NaN and infinity, which JSON does not know, become null."""
     write_whole(path, json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Write these columns of the rows as CSV, whole or not at all."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, table.getvalue())
 
 
 def without_nan(value: object) -> object:
@@ -184,3 +194,20 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise write_error(path, error) from None
     return path
+
+
+def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = None) -> np.ndarray:
+    """A memory-mapped array whose temporary file is gone with it; `RunError` if the disk has no room."""
+    folder, size = folder or tempfile.gettempdir(), math.prod(shape) * np.dtype(dtype).itemsize
+    if shutil.disk_usage(folder).free < size:
+        raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Take what was touched of an array `on_disk` out of memory, where the system can; on the disk it stays."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)

@@ -1,10 +1,9 @@
 """Train a network: one loop that runs the same on a CPU, on one GPU and, through `torchrun`, on several.
 
-An epoch is a number of steps, one validation, one line of report and one checkpoint. Epochs depend on each other
-through weights and optimiser alone: patches are drawn from (seed, epoch, index) and dropout from (seed, epoch). So a
-checkpoint holds everything, and a run killed and resumed ends with the weights of one that was not. Several processes
-share each batch: gradients, losses and scores are those of the whole batch; only batch norm's statistics are each
-process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
+Epochs depend on each other through weights and optimiser alone: patches are drawn from (seed, epoch, index), dropout
+from (seed, epoch). So a checkpoint holds everything, and a run killed and resumed ends with the weights of one that was
+not. Several processes share each batch: gradients, losses and scores are those of the whole batch; only batch norm's
+statistics are each process's own, as everywhere in torch without `SyncBatchNorm` (group norm has none to share).
 """
 
 import math
@@ -36,9 +35,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     """Train a network, write its run folder and return the content of `metrics.json`, on the main process.
 
     The folder `run` holds no run yet; to `resume`, an interrupted one, which goes on after its last finished epoch, and
-    whose settings `config` must be, but for where and how fast it runs. `quiet` prints nothing. Raises `UserError` for
-    wrong settings or data, before anything is written, and `RunError` if the loss is no longer a number or if memory or
-    disk is full.
+    whose settings `config` must be, but for where and how fast it runs. `quiet` prints nothing. `UserError` for wrong
+    settings or data, before anything is written, and `RunError` if the loss is no number, or memory or disk are full.
     """
     check_config(config)
     config = replace(config, data=settle(config.data))
@@ -60,8 +58,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     decay, fused = settings.weight_decay, device.type != "mps"
     optimiser = torch.optim.AdamW(parameter_groups(network), settings.learning_rate, weight_decay=decay, fused=fused)
     model, optimiser = accelerator.prepare(network, optimiser)  # from here on `model(x)` computes in mixed precision
-    num_classes, class_weights = config.model.num_classes, settings.class_weights
-    loss_function = SegmentationLoss(num_classes, settings.dice_weight, class_weights=class_weights)
+    loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight, settings.class_weights)
     if main:
         new_run(run, config, resume)
     accelerator.wait_for_everyone()
@@ -215,9 +212,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
 
 
 def shared_batches(start: int, stop: int, batch_size: int, process: int, processes: int) -> list[range]:
-    """Numbers of the patches that a process takes of each batch from step `start` to before `stop`: step s is made of
-    patches s·B to s·B + B - 1, however many processes share them.
-    """
+    """The patches that a process takes of each batch, which in step s is from s·B to s·B + B - 1, `stop` left out."""
     share = batch_size // processes
     firsts = (step * batch_size + process * share for step in range(start, stop))
     return [range(first, first + share) for first in firsts]

@@ -13,15 +13,13 @@ from unet_helpers import images
 from unet_helpers.catalogue import find_drive
 from unet_helpers.config import UserError
 from unet_helpers.images import (
+    Colours,
     decode_mask,
     field_of_view,
     find_palette,
-    is_coloured,
-    let_go,
     list_images,
     mask_meaning,
     normalise,
-    on_disk,
     open_image,
     read_image,
     read_mask_values,
@@ -29,6 +27,7 @@ from unet_helpers.images import (
     survey_mask,
 )
 from unet_helpers.sample_data import make_retina
+from unet_helpers.system import let_go, on_disk
 
 REAL_DATA = os.environ.get("UNET_DATA_ROOT", "data")
 RNG = np.random.default_rng(0)
@@ -294,7 +293,7 @@ def test_a_palette_is_black_or_the_most_frequent_colour_and_then_by_value(tmp_pa
     found = find_palette([one, two, three])
     assert found == {0x000000: 0, 0x00FF00: 1, 0xFF0000: 2, 0xFFFFFF: 3}
     np.testing.assert_array_equal(decode_mask(read_mask_values(one, colours=True), found), [[3, 3, 2]])
-    assert is_coloured(find_palette([three]))  # though no colour has any red
+    assert isinstance(find_palette([three]), Colours)  # though no colour has any red
 
 
 def test_palette_grey_and_transparent_pictures_are_read_by_their_colours(tmp_path):

@@ -12,7 +12,8 @@ ROOT = PACKAGE.parent
 # Bottom first; a module imports only from floors below its own.
 FLOORS = [
     ["config"],
-    ["system", "losses", "scores", "images", "sample_data", "augmentation", "plots"],
+    ["system"],
+    ["losses", "scores", "images", "sample_data", "augmentation", "plots"],
     ["metrics", "model", "pairing"],
     ["catalogue"],
     ["pretrained", "datasets", "runs"],
@@ -65,9 +66,8 @@ def wrong_imports(sources: dict[str, str]) -> list[tuple[str, str]]:
 def test_the_package_is_small():
     lines = lines_of_modules(PACKAGE)
     assert len([name for name in lines if not name.startswith("__")]) <= 20
-    # The limits are 4,000 in all and 280 a module. The package is over both and has to shrink; until then, no growth.
-    assert sum(lines.values()) <= 4219
-    assert {name: count for name, count in lines.items() if count > 292} == {}
+    assert sum(lines.values()) <= 4000
+    assert {name: count for name, count in lines.items() if count > 280} == {}
 
 
 def test_every_module_stands_on_one_floor():

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from unet_helpers import runs
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import AugmentationConfig, Config, ModelConfig, UserError
+from unet_helpers.config import UserError
 from unet_helpers.datasets import WholeImages
 from unet_helpers.evaluation import choose_threshold, evaluate, samples_of
 from unet_helpers.model import build_model
 from unet_helpers.prediction import predict_probabilities
-from unet_helpers.runs import COLUMNS, Progress, export, load_run, measure_large, read_history
+from unet_helpers.runs import COLUMNS, Progress, export, load_run, read_history
 from unet_helpers.system import read_tensors, write_tensors
 
 
@@ -181,9 +181,3 @@ def test_valid_padding_is_not_exported(trained_run, tmp_path):
     with pytest.raises(UserError, match="valid"):
         export(tmp_path / "run", tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
-
-
-def test_a_large_picture_takes_little_memory():
-    """In reduced size: as floats alone, image and what is computed from it take 0.2 GiB, and the network as much."""
-    config = Config(model=ModelConfig(widths=(2,)), augmentation=AugmentationConfig(flips=False))
-    assert 0 < measure_large(config, side=2000)["large_memory_gib"] < 0.25

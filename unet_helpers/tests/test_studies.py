@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -271,3 +273,16 @@ def test_few_runs_widen_an_interval_as_by_hand():
     # t(.975, 4) = 2.776, times sqrt(5/4) = 3.104, by the normal distribution's 1.960: 1.584
     assert widened(0.5, 0.4, 0.7, 5) == pytest.approx((0.5 - 0.1584, 0.5 + 0.3168), abs=1e-4)
     assert widened(0.5, 0.4, 0.7, 100_000) == pytest.approx((0.4, 0.7), abs=1e-4)
+
+
+def test_a_large_picture_takes_little_memory():
+    """In reduced size: as floats alone, image and what is computed from it take 0.2 GiB, and the network as much."""
+    program = """
+from unet_helpers import images, prediction, studies
+from unet_helpers.config import AugmentationConfig, Config, ModelConfig
+images.LARGE = prediction.LARGE = 0
+config = Config(model=ModelConfig(widths=(2,)), augmentation=AugmentationConfig(flips=False))
+print(studies.measure_large(config, side=2000)["large_memory_gib"])
+"""
+    result = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
+    assert 0 < float(result.stdout) < 0.25
