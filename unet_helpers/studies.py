@@ -100,7 +100,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
     """Train every run of the grid (of the arms `only`) that has no row yet; return all rows that belong to the grid.
 
     Interrupted runs go on; an arm whose encoder weights cannot be loaded is left out, and said so. Rows are written as
-    runs finish, with a picture, `arms.png`. `UserError` if grid or rows cannot be read, or a run in the way differs.
+    runs finish, a picture, `arms.png`, at the end. `UserError` for a damaged grid or row, or another run in the way.
     """
     study = Path(study)
     arms, baseline = load_grid(study)
@@ -120,8 +120,8 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                 row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
                 rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
                 write_rows(study, rows)
-                picture = plot_arms(summarise_study(rows, arms, baseline), baseline)
-                system.write_whole(study / "arms.png", to_png(picture))
+    picture = plot_arms(summarise_study(rows, arms, baseline), baseline)
+    system.write_whole(study / "arms.png", to_png(picture))
     return rows
 
 
