@@ -31,8 +31,7 @@ from unet_helpers.images import field_of_view, normalise
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import UNet, count_parameters
 from unet_helpers.prediction import predict_probabilities
-from unet_helpers.system import clock, peak_memory
-from unet_helpers.system import describe_device, find_device
+from unet_helpers.system import clock, describe_device, find_device, peak_memory
 from unet_helpers.training import make_accelerator, train_step
 
 with warnings.catch_warnings():
