@@ -68,7 +68,7 @@ def has_native_bf16() -> bool:
 def keep_memory() -> None:
     """Let glibc keep large buffers for the next step instead of handing them back to the system (Linux only).
 
-    Else it zeroes them anew, a fifth of a training step's time. The price: the process stays as large as it ever was.
+    Else it zeroes them anew, up to a fifth of a training step. The price: the process stays as large as it ever was.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
