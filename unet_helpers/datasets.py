@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from tokenize import TokenError
 
@@ -24,6 +25,7 @@ from unet_helpers.system import make_folder, write_whole
 MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
 # What NumPy raises for no file, or a damaged one, whose header it reads as Python's literals.
 DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TokenError, TypeError, ValueError)
+draw_once = lru_cache(maxsize=64)(make_retina)  # data sets of several runs ask for the same drawings
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
 
@@ -124,8 +126,8 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Read an image as `read_image` does and its mask, uint8 (H, W), class indices; 255: ignore, or not in the view."""
     if sample.image.startswith("sample:"):
         _, labels, size, split, index = sample.image.split(":")
-        retina = make_retina((SPLITS.index(split), int(index)), int(size))
-        return retina.image, getattr(retina, labels)
+        retina = draw_once((SPLITS.index(split), int(index)), int(size))
+        return retina.image.copy(), getattr(retina, labels).copy()
     if sample.number is not None:
         image, values = load_nyuv2(sample.image, sample.number)
     else:

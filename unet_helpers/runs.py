@@ -190,15 +190,14 @@ def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module
     if progress.best_epoch == progress.epoch:
         write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})
     if config.training.keep_every_epoch:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        write_tensors(run / "state" / f"epoch_{progress.epoch:04d}_{stamp}.safetensors", best)
+        write_tensors(run / "state" / f"epoch_{progress.epoch:04d}_{time.strftime('%Y%m%d-%H%M%S')}.safetensors", best)
     tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
     tensors |= {f"average.{key}": value for key, value in average.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
     header = {"progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict() if scaler else {})}
     write_tensors(run / LAST, tensors, header)
-    write_history(run, progress.history)
+    write_history(run, progress.history, draw=progress.history[-1]["seconds"] > 3)
 
 
 def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Progress:
@@ -233,10 +232,11 @@ def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Pro
         raise UserError(f"{path}: does not fit this run's settings ({one_line(error)}); start a new run.") from error
 
 
-def write_history(run: Path, history: list[dict]) -> None:
-    """Write `history.csv` and draw `losses.png`."""
+def write_history(run: Path, history: list[dict], draw: bool = True) -> None:
+    """Write `history.csv` and draw `losses.png`, in training not after epochs so short that drawing would slow it."""
     write_table(run / "history.csv", COLUMNS, history)
-    write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
+    if draw:
+        write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
 
 
 def read_history(path: Path | str) -> list[dict]:

@@ -19,8 +19,6 @@ BACKGROUND, ARTERY, VEIN = 0, 1, 2  # values of `artery_vein`
 MIN_SIZE = 32  # pixels
 FIELD_RADIUS = 0.95  # of half the shorter side
 DISC_RADIUS, FOVEA_RADIUS = 0.145, 0.13  # the optic disc, where vessels enter, and the fovea, which has none
-WIGGLE_START = np.array([[[0], [0]], [[0.12], [0.35]]])  # phases and wavelengths of a vessel's two waves, at least
-WIGGLE_RANGE = np.array([[[2 * np.pi], [2 * np.pi]], [[0.3], [0.8]]]) - WIGGLE_START
 STEP = 0.02  # distance between neighbouring points of a vessel
 TRUNK_WIDTH = {ARTERY: 0.028, VEIN: 0.036}  # of the vessels that leave the optic disc
 THINNEST = 0.0085  # about one pixel at 256x256
@@ -60,8 +58,7 @@ def make_retina(seed: int | Sequence[int], size: int | tuple[int, int] = 256) ->
     artery, vein = coverage[..., 0], coverage[..., 1]
     artery_vein = np.where(artery + vein < 0.5, BACKGROUND, np.where(vein > artery, VEIN, ARTERY)).astype(np.uint8)
     artery_vein[~eye.inside] = IGNORE
-    vessels = np.where(artery_vein == VEIN, 1, artery_vein).astype(np.uint8)
-    return SampleRetina(image, vessels, artery_vein, eye.inside)
+    return SampleRetina(image, np.where(artery_vein == VEIN, np.uint8(1), artery_vein), artery_vein, eye.inside)
 
 
 class _Eye:
@@ -104,14 +101,11 @@ def _background(rng: np.random.Generator, eye: _Eye) -> np.ndarray:
     radius = DISC_RADIUS * rng.uniform(0.85, 1.15)
     away = np.sqrt(((eye.x - eye.disc[0]) / 0.92) ** 2 + (eye.y - eye.disc[1]) ** 2) / radius
     away = (away + 0.05 * eye.cloud(rng, 9))[..., None].astype(np.float32)
-    light *= 1 + 0.2 * np.exp(-(away**2) / 4)
-    near = away[..., 0] < 3  # beyond, the disc changes no digit
-    away = away[near]
     disc_light = np.float32([0.98, 0.82, 0.48]) * np.float32(rng.uniform(0.85, 1.05)) + 0.15 * np.exp(-4 * away**2)
-    light[near] += 0.85 / (1 + np.exp((away - 1) * 14)) * (disc_light - light[near])
+    light *= 1 + 0.2 * np.exp(-(away**2) / 4)
+    light += 0.85 / (1 + np.exp((np.minimum(away, 3) - 1) * 14)) * (disc_light - light)
     for colour in ([0.92, 0.78, 0.42], [0.36, 0.10, 0.07]):  # exudates, haemorrhages
-        spots = _spots(rng, eye, rng.integers(0, 15))
-        there = spots > 0
+        there = (spots := _spots(rng, eye, rng.integers(0, 15))) > 0
         light[there] += 0.8 * spots[there, None] * (np.float32(colour) - light[there])
     return light
 
@@ -171,7 +165,7 @@ def _grow_tree(rng: np.random.Generator, eye: _Eye) -> list[tuple[int, np.ndarra
 
 def _path(rng: np.random.Generator, shoot: _Shoot, tortuosity: float) -> tuple[np.ndarray, np.ndarray]:
     along = np.arange(0, shoot.length, STEP)
-    phases, waves = rng.random((2, 2, 1)) * WIGGLE_RANGE + WIGGLE_START
+    phases, waves = rng.uniform(0, 2 * np.pi, (2, 1)), [[rng.uniform(0.12, 0.3)], [rng.uniform(0.35, 0.8)]]
     wiggle = np.sin(2 * np.pi * along / waves + phases).sum(axis=0) * np.minimum(along / 0.15, 1)
     headings = shoot.end + (shoot.start - shoot.end) * np.exp(-along / shoot.turn) + tortuosity * wiggle
     return shoot.origin + np.cumsum([np.cos(headings), np.sin(headings)], axis=1).T * STEP, headings
@@ -208,8 +202,7 @@ def _draw_tree(tree: list[tuple[int, np.ndarray, np.ndarray]], eye: _Eye) -> np.
     for kind, points, widths in sorted(seen, key=lambda vessel: vessel[2][0]):  # thick ones run above thin ones
         depth = 255 * min(0.4 + 0.6 * widths.mean() / TRUNK_WIDTH[ARTERY], 1)
         points = (eye.pixels(points) + 0.5) * SUPERSAMPLING - 0.5
-        around = np.concatenate([points[:1], points, points[-1:]])
-        ahead = around[2:] - around[:-2]
+        ahead = (around := np.concatenate([points[:1], points, points[-1:]]))[2:] - around[:-2]
         normal = ahead[:, ::-1] * [-1, 1] / np.hypot(*ahead.T)[:, None]
         # OpenCV fills the outline too, which makes a shape one sub-pixel wider.
         half = normal * (np.maximum(widths * eye.radius, 1)[:, None] * SUPERSAMPLING - 1) / 2

@@ -64,8 +64,6 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
     progress = load_state(run, network, average, optimiser, accelerator.scaler) if resume else Progress()
-    if main and progress.history:
-        write_history(run, progress.history)
 
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
     total, process = steps * settings.epochs, accelerator.process_index
@@ -146,6 +144,7 @@ def finish(run: Path, config: Config, progress: Progress, accelerator, validatio
         metrics |= {"device": describe_device(device), "processes": accelerator.num_processes}
         metrics |= {"precision": accelerator.mixed_precision, "versions": versions}
         metrics |= {"val": summarise(result, threshold, config.augmentation.flips)}
+        write_history(run, progress.history)
         write_json(run / "metrics.json", metrics)
     accelerator.wait_for_everyone()
     return metrics
