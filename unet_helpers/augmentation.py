@@ -51,8 +51,7 @@ class RandomPatch(A.DualTransform):
         cosine, sine = math.cos(angle) / magnification, math.sin(angle) / magnification
         matrix = np.array([[cosine, -sine, 0], [sine, cosine, 0]])
         matrix[:, 2] = centre - matrix[:, :2] @ middle
-        deviation = 10 * np.array(sides) / 512
-        grid = rng.normal(0, deviation, (3, 3, 2)) if rng.random() < self.elastic else None
+        grid = rng.normal(0, 10 * np.array(sides) / 512, (3, 3, 2)) if rng.random() < self.elastic else None
         return {"matrix": matrix, "grid": grid}
 
     def apply_to_mask(self, mask: np.ndarray, **params: Any) -> np.ndarray:

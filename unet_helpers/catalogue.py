@@ -143,8 +143,7 @@ def nyuv2_classes(source: int, target: int) -> dict[int, int]:
     classes = {label: label for label in range(source + 1)}
     for step in (40, 13):
         if target <= step < source:
-            table = [0, *NYUV2[f"to_{step}"]]
-            classes = {label: table[value] for label, value in classes.items()}
+            classes = {label: [0, *NYUV2[f"to_{step}"]][value] for label, value in classes.items()}
     return {label: value - 1 if value else IGNORE for label, value in classes.items()}
 
 

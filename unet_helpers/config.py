@@ -101,7 +101,7 @@ class ModelConfig:
     Attributes:
         architecture: `unet` is ours; any architecture of segmentation_models_pytorch is named as there (`Unet`, `FPN`).
         encoder: for the latter: name of the encoder, as there (`resnet34`).
-        encoder_weights: for the latter: `imagenet` (downloaded), a local weights file, or null for random ones.
+        encoder_weights: for the latter: `imagenet` (downloaded), a weights file (or a run's), or null for random ones.
         full_resolution_skip: for its `Unet`: add the skip connection at full size, which its encoders leave out.
         weights: a run's `model.safetensors`, from which the whole network starts; null: from random weights.
         in_channels: channels of the image.

@@ -183,6 +183,8 @@ class Decoded:
         item = _read_cached(path, source) if self.cached else None
         if item is None:
             item = decode(self.samples[index], self.config.data.longest_side)
+            large = len(self) * sum(array.nbytes for array in item) > MEMORY_LIMIT
+            self.cached |= large and self.config.data.name != "sample"
             if self.cached:
                 make_folder(self.folder)
                 parts, buffer = {**dict(zip(PARTS, item, strict=True)), "source": np.array(source)}, io.BytesIO()
@@ -278,8 +280,7 @@ class WholeImages(Dataset):
             raise IndexError(number)  # ends a plain `for` loop
         image, mask, view, *statistics = self.decoded.check(number)
         mask = load_sample(self.samples[number])[1] if self.native else mask
-        kind = self.config.data.normalisation
-        return *_to_tensors(image, mask, view, statistics, kind), self.samples[number].name
+        return *_to_tensors(image, mask, view, statistics, self.config.data.normalisation), self.samples[number].name
 
 
 def _to_tensors(image, mask, view, statistics: images.Statistics, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ Statistics = tuple[np.ndarray, np.ndarray]  # mean and standard deviation of eac
 CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 MAX_COLOURS = 254  # of the masks of a data set
 Image.init()
-FORMATS = sorted(Image.OPEN.keys() - {"EPS"})  # which is a program: Pillow would hand it to Ghostscript to be executed
+FORMATS = sorted(Image.OPEN.keys() - {"EPS", "IPTC"})  # a program for Ghostscript, and what may hold one
 LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
 STRIP = 512  # rows that are worked on at a time
 VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view
@@ -87,8 +88,8 @@ def read_image(path: str | Path) -> np.ndarray:
     picture, _, is_deep = _open(path)
     if picture.mode in DEEP_MODES:
         return _stretch(np.array(picture))
-    if is_deep:
-        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    with suppress(cv2.error):  # as for more than 2^20 pixels a side
+        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if is_deep else None
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
             return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
     return np.array(picture.convert("RGB"))

@@ -96,14 +96,12 @@ class SegmentationLoss(nn.Module):
         z, truth, valid = _prepare(logits, target, self.num_classes)
         weight = valid
         if self.class_weights is not None:
-            labels = target.masked_fill(target == IGNORE, 0)[:, None]
-            weight = valid * self.class_weights.to(z.device)[labels]
+            weight = valid * self.class_weights.to(z.device)[target.masked_fill(target == IGNORE, 0)[:, None]]
         return torch.cat([_cross_entropy_sums(z, truth, weight), _dice_sums(z, truth, valid)])
 
     def from_sums(self, sums: Tensor) -> Tensor:
         """The loss, a scalar, from (added up) `sums`. A whole validation set is best added up in float64."""
-        cross_entropy = sums[1] / sums[0].where(sums[0] > 0, 1)
-        return cross_entropy + self.dice_weight * _dice_loss(sums[2:])
+        return sums[1] / sums[0].where(sums[0] > 0, 1) + self.dice_weight * _dice_loss(sums[2:])
 
 
 def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,8 +62,7 @@ class _Tally:
         size = self.table.numel()  # ignored pixels go to one cell more, which is dropped
         cell = torch.where(valid, cell, size).flatten()
         cell = cell.cpu() if cell.is_mps else cell  # where it takes seconds
-        counts = torch.bincount(cell, minlength=size + 1)[:size].view_as(self.table)
-        self.table += counts.to(self.table.device)
+        self.table += torch.bincount(cell, minlength=size + 1)[:size].view_as(self.table).to(self.table.device)
 
 
 class BinaryHistogram(_Tally):

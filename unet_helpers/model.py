@@ -237,15 +237,13 @@ def forward_whole(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     height, width = images.shape[-2:]
     # What is left over comes last, so that every image and every tile starts on the same pooling grid.
     below, right = (model.valid_input_size(side) - side - model.border for side in (height, width))
-    logits = model(mirror_border(images, model.border, right, model.border, below))
-    return logits[..., :height, :width].float()
+    return model(mirror_border(images, model.border, right, model.border, below))[..., :height, :width].float()
 
 
 def mirror_border(images: torch.Tensor, left: int, right: int, top: int, bottom: int) -> torch.Tensor:
     """Continue images (B, C, H, W) beyond their border by mirroring, as often as the border's width asks for."""
-    height, width = images.shape[-2:]
-    rows = torch.from_numpy(np.pad(np.arange(height), (top, bottom), mode="reflect"))  # torch's own mirrors only once
-    columns = torch.from_numpy(np.pad(np.arange(width), (left, right), mode="reflect"))
+    sides = zip(images.shape[-2:], ((top, bottom), (left, right)), strict=True)  # torch's own mirrors only once
+    rows, columns = (torch.from_numpy(np.pad(np.arange(side), pad, mode="reflect")) for side, pad in sides)
     return images[..., rows, :][..., columns]
 
 

@@ -213,8 +213,7 @@ def split_by_group(groups: Sequence[str], shares: Mapping[str, float], seed: int
     if len(order) <= sum(counts.values()):
         remedy = "add pictures, lower the shares, or let data.group_pattern make more groups"
         raise UserError(f"{len(order)} group(s) are too few for the splits train, {', '.join(counts)}: {remedy}")
-    names = [name for name, count in counts.items() for _ in range(count)]
-    split_of = dict(zip(order, names, strict=False))
+    split_of = dict(zip(order, [name for name, count in counts.items() for _ in range(count)], strict=False))
     return [split_of.get(group, "train") for group in groups]
 
 

@@ -41,7 +41,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a name with $ in it is no formula
     return figure
 
 
@@ -141,7 +141,7 @@ def plot_arms(table: list[dict], baseline: str) -> Figure:
         axes.plot(entry["mean"], place, "D", color=BLUE, markersize=6)
         if entry["arm"] == baseline:
             axes.axvline(entry["mean"], color=ORANGE, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(table)), [entry["arm"] for entry in table])
+    axes.set_yticks(range(len(table)), [entry["arm"] for entry in table], parse_math=False)
     axes.set(xlabel="validation Dice: seeds, mean and 95% interval", ylim=(len(table) - 0.5, -0.5))
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -63,8 +63,7 @@ def predict_probabilities(
     if size == tuple(image.shape[-2:]):
         return probability
     channels = probability.reshape(1, -1, *image.shape[-2:])
-    larger = functional.interpolate(channels, size, mode="bilinear").clamp(0, 1)
-    return larger.reshape(*probability.shape[:-2], *size)
+    return functional.interpolate(channels, size, mode="bilinear").clamp(0, 1).reshape(*probability.shape[:-2], *size)
 
 
 def scale_of(model: nn.Module, view: np.ndarray) -> float:
@@ -180,14 +179,13 @@ def predict(
         raise UserError(f"{output}: holds images or masks that predictions could overwrite: name another output.")
     opened, target = load_run(run), find_device(device)
     config = opened.config
-    meaning = MEANINGS.get(config.data.name) or wanted_meaning(config.data)
-    truths = find_truths(inputs, truth, meaning) if truth else {}
+    truths = find_truths(inputs, truth, MEANINGS.get(config.data.name) or wanted_meaning(config.data)) if truth else {}
     flips, large = find_views(config, flips), set()
     for path in inputs:  # look at every input before the first output
         size = images.open_image(path, max_pixels).shape[:2]
         large |= {path} if math.prod(size) > LARGE else set()
-        if path in large and (truth or gif):
-            raise UserError(f"{path}: is too large for error maps and animations: leave --truth and --gif out.")
+        if path in large and (truth or gif or min_size > STRIP):
+            raise UserError(f"{path}: is too large for --truth, --gif and --min-size above {STRIP}: leave them out.")
         if path in truths and truths[path].shape != size:
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
@@ -269,14 +267,18 @@ def render(
 def write_large(stem: Path, parts: Iterator[tuple[slice, Tensor]], size: tuple[int, int], run: Run) -> None:
     """Write mask and probability of a picture predicted in strips as tiled TIFFs; until then they lie on the disk."""
     mask, levels = (on_disk(size, dtype, stem.parent) for dtype in (np.uint8, np.uint16))
+    palette = run.config.data.palette
     for rows, part in parts:
         mask[rows], levels[rows] = classify(part, run.threshold)
-        mask[rows] *= 255 if run.config.model.num_classes == 1 else 1
+        mask[rows] *= 255 if run.config.model.num_classes == 1 and not palette else 1
         let_go(mask)
         let_go(levels)
-    for name, array in (("mask", mask), ("probability", levels)):
-        with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as file:
-            imwrite(file, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31)
+    colours = bytes.fromhex("".join(palette or ()).replace("#", "")).ljust(3 * 256, b"\0")
+    table = np.frombuffer(colours, np.uint8).reshape(256, 3).T * np.uint16(257)  # of 16 bits, as TIFF has it
+    shown = {"photometric": "palette", "colormap": table} if palette else {}
+    for name, array, how in (("mask", mask, shown), ("probability", levels, {})):
+        with whole_file(stem.with_name(f"{stem.name}_{name}.tif")) as to:
+            imwrite(to, array, tile=(256, 256), compression="zlib", metadata=None, bigtiff=array.nbytes > 2**31, **how)
 
 
 def frames(image: np.ndarray, probability: Tensor, classes: np.ndarray) -> list[np.ndarray]:
@@ -293,7 +295,7 @@ def find_inputs(paths: list[Path | str]) -> list[Path]:
     files = [file for path in map(Path, paths) for file in (images.list_images(path) if path.is_dir() else [path])]
     stems = {}
     for path in files:
-        if (other := stems.setdefault(path.stem, path)) is not path:
+        if (other := stems.setdefault(path.stem.casefold(), path)) is not path:
             raise UserError(f"{path}: its predictions would overwrite those of {other}; predict them apart.")
     return files
 

@@ -148,9 +148,9 @@ def _download_drive(root: Path) -> None:
         import kagglehub
 
         fetched = kagglehub.dataset_download(KAGGLE_DRIVE)
-        shutil.copytree(fetched, part)  # makes `root`, too
-        if (count := len(read_drive(part))) < 40:
-            raise ValueError(f"{count} of its 40 images are there")
+        if (count := len(read_drive(Path(fetched)))) < 40:
+            raise ValueError(f"{count} of its 40 images are in {fetched}: delete that folder")
+        shutil.copytree(fetched, part, ignore=lambda at, names: [n for n in names if Path(at, n).is_symlink()])
         os.replace(part, target)
     except Exception as error:  # no network, no space, no permission, and whatever kagglehub raises
         reason = one_line(error)[:200]
@@ -177,7 +177,7 @@ def expand_offline(config: DataConfig, output: Path | str, seed: int = 0) -> str
             (part / folder).mkdir(parents=True)
         for sample in samples:
             split = "test" if sample.split == "test" else "train"
-            name, group = (re.sub(r"[/_]+", "_", text) for text in (sample.name, sample.group))
+            name, group = (re.sub(r"[/\\:\0_]+", "_", text) for text in (sample.name, sample.group))
             stem = name if group == name else f"{group}__{name}"  # what comes before the first `__` is the group
             image, mask = load_sample(sample)
             image = image if image.dtype == np.uint8 else (image * 255).round().astype(np.uint8)

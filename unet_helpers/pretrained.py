@@ -23,8 +23,8 @@ class PretrainedNet(nn.Module):
     """The network `config` names: images (B, in_channels, H, W) to logits (B, num_classes, H, W) for any H and W.
 
     The encoder's weights are None (random), `imagenet` (downloaded, or from the download cache), or a file (.pth or
-    .safetensors) with its state_dict as torchvision, timm or smp publish it. `UserError` if they cannot be loaded, or
-    architecture and encoder are unknown or do not go together.
+    .safetensors) with its state_dict as torchvision, timm or smp publish it, or of a run, whose encoder alone is taken.
+    `UserError` if they cannot be loaded, or architecture and encoder are unknown or do not go together.
 
     Attributes are those of `UNet` with `same` padding, `net`, the network as smp built it, and with the full-resolution
     skip `detail` and `join`: smp's encoders see the image at half size first, so its `Unet` has no skip connection at
@@ -79,7 +79,7 @@ def build_smp(config: ModelConfig, weights: str | None = None) -> nn.Module:
     """Build the network with random weights, or with an encoder whose weights are downloaded."""
     names = [architecture.__name__ for architecture in smp.MODEL_ARCHITECTURES_MAPPING.values()]
     need(config.architecture in names, "architecture", config.architecture, f"unet (ours) or one of {', '.join(names)}")
-    timm, known = config.encoder.startswith("tu-"), smp.encoders.encoders
+    timm, known = config.encoder.startswith("tu-") and ":" not in config.encoder, smp.encoders.encoders
     similar = difflib.get_close_matches(config.encoder, known) or ["resnet34", "efficientnet-b0"]
     rule = f"tu-NAME with a name of timm's, or one of segmentation_models_pytorch, such as {', '.join(similar)}"
     need(timm or config.encoder in known, "encoder", config.encoder, rule)
@@ -102,10 +102,10 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
         raise UserError(f"encoder_weights: there is no file {path}; name a weights file, imagenet, or null.")
     problem = "cannot be read as weights, it may be cut short or something else; get it again"
     try:
-        safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         problem = "does not fit the encoder that is set"
-        state = dict(state)
+        own = {key.removeprefix("net.encoder."): value for key, value in state.items() if key.startswith("net.encoder")}
+        state = own or dict(state)
         if hasattr(encoder, "model"):  # timm's encoders stand one level deeper, and do not drop a classifier themselves
             state = {"model." + key.removeprefix("model."): value for key, value in state.items()}
             state = {key: value for key, value in state.items() if key in encoder.state_dict()}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import Config, UserError, dump_config, load_config, one_line, to_dict
+from unet_helpers.config import SECTIONS, Config, UserError, dump_config, load_config, one_line, to_dict
 from unet_helpers.model import Ensemble, build_model
 from unet_helpers.plots import plot_history, to_png
 from unet_helpers.system import make_folder, read_tensors, without_nan, write_table, write_tensors, write_whole
@@ -66,10 +66,12 @@ def read_metrics(path: Path, config: Config) -> dict:
     """The content of `metrics.json`; `UserError` if it cannot be used."""
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        threshold, _, _ = metrics["threshold"], dict(metrics.get("reads", {})), float(metrics.get("view_diameter") or 0)
+        threshold, size = metrics["threshold"], metrics.get("view_diameter") or 1
+        _, _ = dict(metrics.get("reads", {})), "".join(metrics.get("training_images", []))  # of the right types?
         right = type(threshold) in (int, float) and 0 <= threshold <= 1
-        if not (right if config.model.num_classes == 1 else threshold is None):
-            raise ValueError("its threshold must be between 0 and 1, and null with several classes")
+        right = right if config.model.num_classes == 1 else threshold is None
+        if not right or type(size) not in (int, float) or not 0 < size < 1e6:
+            raise ValueError("its threshold must be between 0 and 1, null with several classes, view_diameter a number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path / 'metrics.json'}: cannot be used, it needs JSON with a threshold: {error}") from error
     return metrics
@@ -104,7 +106,7 @@ def export(run: Path | str, output: Path | str) -> None:
     """
     opened, output = load_run(run), Path(output)
     data, num_classes = opened.config.data, opened.config.model.num_classes
-    if opened.model.border:
+    if any(getattr(part, "border", 0) for part in opened.model.modules()):
         raise UserError(f"{run}: has model.padding valid, whose mirrored border ONNX lacks: export one with same.")
     if torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
         raise UserError(f"torch {torch.__version__} cannot export images of any size: update it to 2.9 or newer.")
@@ -167,21 +169,21 @@ def new_run(run: Path, config: Config, resume: bool) -> None:
         before = result_settings(load_config(run / "config.yaml"))
         if different := [key for key, value in result_settings(config).items() if before[key] != value]:
             raise UserError(f"{run}: cannot be resumed with another {different[0]}; start a new run for that.")
-        return
-    if taken := [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]:
+    elif taken := [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]:
         raise UserError(f"{run}: already holds a run ({taken[0].name}); choose another folder, or --resume it.")
     make_folder(run / "state")
-    write_whole(run / "config.yaml", dump_config(config))
+    for left in run.rglob(".*.part"):  # by a training that was killed while it wrote
+        left.unlink(missing_ok=True)
+    if not resume:
+        write_whole(run / "config.yaml", dump_config(config))
 
 
 def result_settings(config: Config) -> dict:
     """The settings that decide the result, as {"section.name": value}; where data lies and speed do not."""
     free = {"data.root", "training.workers", "training.device", "training.tensorboard", "training.keep_every_epoch"}
     sections = to_dict(config)
-    flat = {"seed": sections.pop("seed")}
-    for section, values in sections.items():
-        flat |= {f"{section}.{name}": value for name, value in values.items()}
-    return {key: value for key, value in flat.items() if key not in free}
+    flat = {f"{section}.{name}": value for section in SECTIONS for name, value in sections[section].items()}
+    return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in free}
 
 
 def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module, average, optimiser, scaler) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from unet_helpers import system
 from unet_helpers.config import SECTIONS, Config, UserError, check_config, from_dict, load_config, one_line, read_yaml
-from unet_helpers.datasets import TrainingPatches, WholeImages, decode, settle
+from unet_helpers.datasets import TrainingPatches, WholeImages, decode, draw_once, settle
 from unet_helpers.evaluation import samples_of, score_images
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.metrics import mean_dice
@@ -50,7 +50,7 @@ class Arm:
     name: str
     config: Config
     seeds: list[int]  # it is trained with each of them
-    starts_from: str | None  # the arm whose weights, of the same seed, its network starts from
+    starts_from: str | None  # the arm, with the same seed, whose weights its network (of smp: its encoder) starts from
 
 
 def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
@@ -120,8 +120,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                 row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
                 rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
                 write_rows(study, rows)
-    picture = plot_arms(summarise_study(rows, arms, baseline), baseline)
-    system.write_whole(study / "arms.png", to_png(picture))
+    system.write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
     return rows
 
 
@@ -131,7 +130,8 @@ def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool
     config = replace(arm.config, seed=seed, data=settle(arm.config.data))
     if arm.starts_from:
         origin = make_run(study, arms, arms[arm.starts_from], seed, quiet)
-        config = replace(config, model=replace(config.model, weights=str(origin / "model.safetensors")))
+        part = "weights" if arm.config.model.architecture == "unet" else "encoder_weights"
+        config = replace(config, model=replace(config.model, **{part: str(origin / "model.safetensors")}))
     if (run / "config.yaml").is_file() and result_settings(load_config(run / "config.yaml")) != result_settings(config):
         raise UserError(f"{run}: holds a run of other settings than grid.yaml asks for; delete that folder.")
     if not (run / "metrics.json").is_file():
@@ -279,7 +279,7 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     result |= {"training_step_seconds": system.spread(totals), "data_seconds": system.spread(waits)}
     result |= {"data_share": float(waits.sum() / totals.sum())}
     result |= {"images_per_second": system.spread(settings.batch_size / totals)}
-    result["decode_seconds"] = timed(lambda: decode(next(samples), config.data.longest_side))
+    result["decode_seconds"] = timed(lambda: draw_once.cache_clear() or decode(next(samples), config.data.longest_side))
     result["cached_seconds"] = timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]])
     result["predict_seconds"] = timed(lambda: predict_probabilities(plain, image, False))
     result["predict_flips_seconds"] = timed(lambda: predict_probabilities(plain, image))

@@ -117,10 +117,10 @@ def peak_memory(device: torch.device | None = None) -> float:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file and its metadata; `UserError` if it is missing, cut short or something else."""
+    """A safetensors file's tensors (copies: Windows replaces no file in use) and metadata; `UserError` if damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such weights file.") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -202,6 +202,8 @@ def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = Non
     if shutil.disk_usage(folder).free < size:
         raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
     with tempfile.TemporaryFile(dir=folder) as file:
+        with suppress(AttributeError, OSError):  # taken now: a disk that is full later would kill the program
+            os.posix_fallocate(file.fileno(), 0, size)
         return np.memmap(file, dtype, "w+", shape=shape)
 
 

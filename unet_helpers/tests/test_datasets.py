@@ -216,6 +216,21 @@ def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decoding
     assert decodings == []
 
 
+def test_a_set_whose_first_image_is_small_is_cached_all_the_same(cached, monkeypatch):
+    config, cache = cached
+    samples = find_samples(config.data)
+    first = next(sample for sample in samples if sample.split == "train")
+    for path in (first.image, first.mask):
+        Image.open(path).crop((0, 0, 16, 16)).save(path)
+    config.augmentation.patch_size = 16
+    sizes = [sum(part.nbytes for part in datasets.decode(one, None)) for one in samples if one.split == "train"]
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", len(sizes) * (sizes[0] + 1))
+    patches = TrainingPatches(samples, config, quiet=True)
+    assert max(sizes) > sizes[0]
+    assert patches.decoded.cached
+    assert len(list(cache.iterdir())) == len(sizes) - 1
+
+
 def test_the_cache_is_renewed_where_a_source_has_changed_or_a_file_is_damaged(cached, decodings, monkeypatch):
     config, cache = cached
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)

@@ -1,6 +1,7 @@
 """Things that go wrong while the program works, and files that mean harm: one line, nothing lost, and it goes on."""
 
 import errno
+import io
 import itertools
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import pytest
 import requests
 import torch
 import yaml
-from PIL import EpsImagePlugin
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file
 
 from unet_helpers import datasets, system, training
@@ -328,7 +329,7 @@ def test_half_a_download_and_a_wrong_archive_leave_nothing_in_the_way_of_the_nex
     else:
         write_folder(other)
     stub_kagglehub(monkeypatch, lambda name: str(other))
-    with pytest.raises(UserError, match="could not be downloaded"):
+    with pytest.raises(UserError, match=f"could not be downloaded.*{other}"):  # which is what has to be deleted
         prepare(DataConfig("drive", str(root)), tmp_path / "out", download=True)
     assert not (tmp_path / "out").exists()
     assert not (root / "DRIVE").exists()
@@ -450,6 +451,18 @@ def test_pictures_execute_nothing(tmp_path, marker, monkeypatch):
             read_image(tmp_path / name)
 
 
+def test_a_picture_within_iptc_data_is_not_opened(tmp_path):
+    """Pillow opens it as whatever it is, PostScript included."""
+    inner = io.BytesIO()
+    Image.new("L", (8, 8)).save(inner, "PNG")  # here a harmless one, to see whether it is opened
+    fields = {(3, 60): b"\1\0", (3, 20): b"\0\x08", (3, 30): b"\0\x08", (3, 120): b"\5", (8, 10): inner.getvalue()}
+    data = b"".join(b"\x1c" + bytes(key) + len(text).to_bytes(2, "big") + text for key, text in fields.items())
+    (tmp_path / "photo.png").write_bytes(data)
+    assert np.array(Image.open(tmp_path / "photo.png")).shape == (8, 8)  # by Pillow's own choice of formats it is
+    with pytest.raises(UserError, match=r"photo\.png"):
+        read_image(tmp_path / "photo.png")
+
+
 def test_cached_images_execute_nothing(tmp_path, marker, config, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", 0)
@@ -476,13 +489,16 @@ def test_a_run_executes_nothing(tmp_path, marker, whole):
 
 
 def test_a_fetched_archive_that_climbs_out_is_not_followed(tmp_path, monkeypatch):
-    """kagglehub unpacks; what we copy from its folder lands below `root/DRIVE`, links in it as plain files."""
+    """kagglehub unpacks; what we copy from its folder lands below `root/DRIVE`, without the links in it."""
     archive, root = tmp_path / "archive", tmp_path / "data"
     write_drive(archive / "DRIVE")
     (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("of somebody else")
     (archive / "DRIVE" / "out").symlink_to(tmp_path / "secret", target_is_directory=True)
+    (archive / "DRIVE" / "training" / "key").symlink_to(tmp_path / "secret" / "key")
     stub_kagglehub(monkeypatch, lambda name: str(archive))
     prepare(DataConfig("drive", str(root)), tmp_path / "out", download=True)
     assert not any(path.is_symlink() for path in root.rglob("*"))
-    assert list((tmp_path / "secret").iterdir()) == []
+    assert not any(path.name in ("key", "out") for path in root.rglob("*"))
+    assert [path.name for path in (tmp_path / "secret").iterdir()] == ["key"]
     assert {path.name for path in tmp_path.iterdir()} == {"archive", "data", "out", "secret"}

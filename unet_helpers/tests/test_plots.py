@@ -11,6 +11,7 @@ from unet_helpers.plots import (
     class_handles,
     colour_classes,
     error_map,
+    plot_arms,
     plot_confusion,
     plot_history,
     to_png,
@@ -84,3 +85,9 @@ def test_an_animation_holds_its_frames():
     frames = [np.full((4, 5, 3), value, np.uint8) for value in (0, 100, 255)]
     with Image.open(io.BytesIO(animate(frames, 0.5))) as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (3, (5, 4), 500)
+
+
+def test_names_with_dollars_are_no_formulas():
+    assert to_png(plot_history([], "lr$_$ $\\frac{$")).startswith(b"\x89PNG")
+    row = {"arm": "a$_$", "dices": [0.5], "low": 0.4, "high": 0.6, "mean": 0.5}
+    assert to_png(plot_arms([row], "a$_$")).startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unet_helpers import images, prediction
 from unet_helpers.catalogue import MEANINGS
-from unet_helpers.config import AugmentationConfig, Config, UserError
+from unet_helpers.config import AugmentationConfig, Config, UserError, dump_config, load_config
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.evaluation import evaluate
 from unet_helpers.metrics import level
@@ -177,6 +177,9 @@ def test_wrong_inputs_end_before_anything_is_written(trained_run, photographs, t
     Image.new("L", (9, 9)).save(tmp_path / "eye1.png")
     with pytest.raises(UserError, match="overwrite"):
         predict(trained_run, [photographs, tmp_path / "eye1.png"], output, quiet=True)
+    Image.new("L", (9, 9)).save(tmp_path / "EYE1.gif")  # the same place on Windows and on Macs
+    with pytest.raises(UserError, match="overwrite"):
+        predict(trained_run, [photographs, tmp_path / "EYE1.gif"], output, quiet=True)
     with pytest.raises(UserError, match="size"):
         predict(trained_run, [photographs / "eye1.png"], output, truth=tmp_path / "eye1.png", quiet=True)
     (tmp_path / "empty").mkdir()
@@ -329,6 +332,8 @@ def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, t
     assert Image.open(again[0]).size == (133, 150)
     with pytest.raises(UserError, match="--gif"):
         predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", gif=True, quiet=True)
+    with pytest.raises(UserError, match="--min-size above"):
+        predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", min_size=5000, quiet=True)
     assert not (tmp_path / "gif").exists()
     monkeypatch.setattr(prediction, "LARGE", 10**9)
     predict(run, [tmp_path / "eye.png"], tmp_path / "small", min_size=5, quiet=True)
@@ -341,6 +346,20 @@ def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, t
         assert large.dtype == (np.uint8 if name == "mask" else np.uint16)
         np.testing.assert_allclose(large.astype(int), small.astype(int), atol=0 if name == "mask" else 2)
     assert not [path for path in (tmp_path / "large").iterdir() if path.name.startswith(".")]
+
+
+def test_a_large_mask_has_the_colours_of_the_set(trained_run, tmp_path, tiny_limit):
+    run, palette = tmp_path / "run", ("#000000", "#ff8000")
+    shutil.copytree(trained_run, run)
+    config = load_config(run / "config.yaml")
+    config.data.mask_values, config.data.palette = "colours", palette
+    (run / "config.yaml").write_text(dump_config(config))
+    picture = make_retina(3, (150, 133)).image
+    tifffile.imwrite(tmp_path / "eye.tif", picture, tile=(64, 64), compression="zlib", photometric="rgb")
+    (mask,) = predict(run, [tmp_path / "eye.tif"], tmp_path / "out", quiet=True)
+    values = images.read_mask_values(mask, colours=True)
+    assert set(np.unique(values)) == {0, 0xFF8000}
+    assert set(np.unique(images.decode_mask(values, images.find_palette([mask])))) == {0, 1}
 
 
 def test_a_retina_twice_as_large_gives_nearly_the_same_mask():

@@ -4,6 +4,7 @@ import shlex
 import sys
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,17 @@ def test_groups_of_the_source_survive_in_the_names(tmp_path):
     for sample in samples:
         cars.setdefault(sample.name[:4], set()).add(sample.split)
     assert all(len(splits) == 1 for splits in cars.values())
+
+
+@pytest.mark.parametrize("group", ["..\\..\\evil", "../../evil", "C:evil", "a\0b"])
+def test_a_group_is_no_path(tmp_path, monkeypatch, group):
+    config = write_folder(tmp_path / "source")
+    samples = [replace(sample, group=group) for sample in find_samples(config)]
+    monkeypatch.setattr("unet_helpers.prepare.find_samples", lambda config: samples)
+    expand_offline(config, tmp_path / "out")
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and tmp_path / "source" not in path.parents]
+    assert written
+    assert all(tmp_path / "out" in path.parents and not set("\\:") & set(path.name) for path in written)
 
 
 def test_the_seed_draws_the_angles(tmp_path):

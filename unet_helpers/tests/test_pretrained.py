@@ -83,6 +83,21 @@ def test_a_local_weights_file_fills_the_encoder(tmp_path, encoder, suffix):
     assert torch.equal(inner.conv1.weight, published.conv1.weight)
 
 
+@pytest.mark.parametrize("encoder", ["resnet18", "tu-resnet18"])
+def test_of_a_runs_weights_the_encoder_alone_is_taken(tmp_path, encoder):
+    torch.manual_seed(1)
+    trained = build_model(config(encoder=encoder, full_resolution_skip=True))
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    torch.manual_seed(2)
+    fresh = build_model(config(encoder=encoder))
+    torch.manual_seed(2)
+    filled = build_model(config(encoder=encoder, encoder_weights=str(tmp_path / "model.safetensors")))
+    expected = trained.state_dict()
+    for key, value in filled.state_dict().items():
+        origin = expected[key] if key.startswith("net.encoder.") else fresh.state_dict()[key]
+        assert torch.equal(value, origin), key
+
+
 def test_the_full_resolution_skip_carries_what_half_size_loses():
     """A checkerboard of single pixels vanishes in every 2×2 block's mean, but not in the skip at full size."""
     net = build_model(config(full_resolution_skip=True)).eval()
@@ -112,6 +127,11 @@ def test_wrong_names_are_named():
     one_line_about({"architecture": "UNet"}, "architecture is UNet, but it must be unet .*Unet, UnetPlusPlus")
     one_line_about({"encoder": "resnet_34"}, "encoder is resnet_34.*resnet34")
     one_line_about({"encoder": "tu-no-such-thing"}, "Unet.*tu-no-such-thing")
+    for elsewhere in (
+        "tu-hf-hub:someone/x",
+        "tu-local-dir:/tmp",
+    ):  # a stranger's run would fetch, or read, what it names
+        one_line_about({"encoder": elsewhere}, f"encoder is {elsewhere}")
     one_line_about({"architecture": "DPT"}, "DPT cannot be built with encoder resnet18.*tu-")
     one_line_about({"num_classes": 0}, "num_classes")
     one_line_about({"in_channels": 0}, "in_channels")

@@ -70,6 +70,20 @@ def test_metrics_without_a_usable_threshold_are_refused(run, text):
         load_run(run)
 
 
+@pytest.mark.parametrize("value", ['"539"', "NaN", "Infinity", "-5", "true", "[539]", "1" + "0" * 400])
+def test_a_field_of_view_that_is_no_size_is_refused(run, value):
+    (run / "metrics.json").write_text('{"threshold": 0.5, "view_diameter": %s}' % value)  # noqa: UP031
+    with pytest.raises(UserError, match=r"metrics\.json.*view_diameter"):
+        load_run(run)
+
+
+@pytest.mark.parametrize("value", ["5", '[["a"]]', "[1]"])
+def test_names_of_training_images_that_are_none_are_refused(run, value):
+    (run / "metrics.json").write_text('{"threshold": 0.5, "training_images": %s}' % value)  # noqa: UP031
+    with pytest.raises(UserError, match=r"metrics\.json"):
+        load_run(run)
+
+
 def test_opening_a_run_fetches_no_weights(run, monkeypatch):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     settings["model"] |= {"architecture": "Unet", "encoder": "resnet18", "encoder_weights": "imagenet"}

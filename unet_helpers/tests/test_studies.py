@@ -12,7 +12,7 @@ import yaml
 
 from unet_helpers import studies
 from unet_helpers.__main__ import main
-from unet_helpers.config import UserError, to_dict
+from unet_helpers.config import UserError, load_config, to_dict
 from unet_helpers.runs import load_run
 from unet_helpers.scores import widened
 from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
@@ -88,6 +88,16 @@ def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(study):
     assert {path.name for path in (study / "runs").iterdir()} == {"plain-1", "again-1"}
     with pytest.raises(UserError, match="has no arm none, but plain, wide, again"):
         run_study(study, ["none"])
+
+
+def test_of_smps_networks_the_encoder_alone_starts_from_another_arm(study, small_config):
+    smp = {"seeds": 1, "model.architecture": "Unet", "model.encoder": "resnet18"}
+    write_grid(study, small_config, arms={"plain": smp, "later": {**smp, "starts_from": "plain"}})
+    assert [row["arm"] for row in run_study(study, ["later"], quiet=True)] == ["later"]
+    model = load_config(study / "runs" / "later-0" / "config.yaml").model
+    assert model.encoder_weights == str(study / "runs" / "plain-0" / "model.safetensors")
+    assert model.weights is None
+    run_study(study, ["later"], quiet=True)  # its row is taken as its own
 
 
 def test_another_grid_makes_the_rows_of_changed_arms_anew(study, small_config):
