@@ -166,6 +166,26 @@ def test_a_disk_that_fails_at_some_moment_of_training_loses_nothing(config, whol
     assert same(run, whole)
 
 
+@pytest.mark.parametrize("name", ["losses.png", "metrics.json"])
+def test_a_disk_that_is_full_at_the_very_end_loses_nothing(config, whole, tmp_path, monkeypatch, name):
+    run, real = tmp_path / "run", os.replace
+
+    def replace_unless_full(source, target):
+        if Path(target).name == name:
+            raise FULL
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_unless_full)
+        with pytest.raises(RunError, match=f"{name}.*make room"):
+            train(config, run, quiet=True)
+    assert not (run / "metrics.json").exists()
+    assert litter(tmp_path) == []
+    train(config, run, resume=True, quiet=True)
+    assert same(run, whole)
+    assert (run / name).exists()
+
+
 def test_a_file_system_that_is_really_full(tmp_path):
     place = tmp_path / "small"
     place.mkdir()

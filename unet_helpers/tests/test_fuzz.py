@@ -21,16 +21,17 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch.optim.swa_utils import AveragedModel
 
 from unet_helpers import __main__ as command_line
-from unet_helpers import datasets, runs, studies
+from unet_helpers import datasets, images, runs, studies
 from unet_helpers.catalogue import CAMVID_LABELS, NYUV2_FILE, RITE_COLOURS
 from unet_helpers.config import Config, DataConfig, RunError, UserError, check_config, dump_config, load_config
 from unet_helpers.datasets import Sample, find_meaning, find_samples, load_sample
-from unet_helpers.images import decode_mask, read_image, read_mask_values
+from unet_helpers.images import decode_mask, open_image, read_image, read_mask_values
 from unet_helpers.model import build_model
 from unet_helpers.runs import load_network, load_run, load_state, read_history
 from unet_helpers.studies import format_study, load_grid, read_rows, summarise_study
@@ -133,6 +134,12 @@ def deep(array: np.ndarray, ending: str) -> bytes:
     return cv2.imencode(ending, array)[1].tobytes()
 
 
+def tiled(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, tile=(16, 16), compression="zlib", photometric="rgb")
+    return buffer.getvalue()
+
+
 def photographs() -> dict[str, bytes]:
     colour, wide = Image.fromarray(PHOTO), PHOTO.astype(np.uint16) * 200
     exif = Image.Exif()
@@ -143,6 +150,7 @@ def photographs() -> dict[str, bytes]:
         "deep.png": deep(wide, ".png"),
         "a.jpg": encoded(colour, "JPEG", exif=exif),
         "a.tif": encoded(colour, "TIFF"),
+        "tiled.tif": tiled(PHOTO),
         "packed.tif": encoded(colour, "TIFF", compression="tiff_lzw"),
         "deep.tif": deep(wide, ".tif"),
         "a.gif": encoded(colour, "GIF"),
@@ -167,21 +175,25 @@ def masks() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", photographs())
-def test_photographs(tmp_path, name):
+def test_photographs(tmp_path, name, monkeypatch):
+    """By the reader that training has, and by that of predictions, for which here every tiled TIFF is a large one."""
+    monkeypatch.setattr(images, "LARGE", 100)
     path, content, verdicts = tmp_path / name, photographs()[name], []
+
+    def look(read):
+        image = read(path)
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+        assert image.dtype == np.uint8 or (image.dtype == np.float32 and 0 <= image.min() <= image.max() <= 1)
+
     for damaged in mutants(content, COUNTS["photographs"] // len(photographs()), 1):
         path.write_bytes(damaged)
-
-        def look():
-            image = read_image(path)
-            assert image.ndim == 3
-            assert image.shape[2] == 3
-            assert image.dtype == np.uint8 or (image.dtype == np.float32 and 0 <= image.min() <= image.max() <= 1)
-
-        verdicts.append(refused(look, name))
+        verdicts += [refused(lambda read=read: look(read), name) for read in (read_image, open_image)]
     path.write_bytes(content)
-    assert not refused(look, name)
-    assert True in verdicts
+    assert not refused(lambda: look(read_image), name)
+    assert not refused(lambda: look(open_image), name)
+    assert True in verdicts[::2]
+    assert True in verdicts[1::2]
 
 
 @pytest.mark.parametrize("name", masks())
