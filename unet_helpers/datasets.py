@@ -23,8 +23,6 @@ from unet_helpers.sample_data import make_retina
 from unet_helpers.system import make_folder, write_whole
 
 MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
-# What NumPy raises for no file, or a damaged one, whose header it reads as Python's literals.
-DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TokenError, TypeError, ValueError)
 draw_once = lru_cache(maxsize=64)(make_retina)  # data sets of several runs ask for the same drawings
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
@@ -220,7 +218,7 @@ def _read_cached(path: Path, source: str) -> tuple[np.ndarray, ...] | None:
         fits = item[0].shape == (*item[1].shape, 3) and item[1].shape == item[2].shape
         fits = fits and "".join(part.dtype.kind for part in item) in ("uubff", "fubff")
         return item if fits and record["source"] == source else None
-    except DAMAGE:
+    except (*images.DAMAGE, MemoryError, TokenError):  # NumPy reads a header as Python's literals
         return None
 
 

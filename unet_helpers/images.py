@@ -6,6 +6,8 @@ A photograph is made of colours (`read_image`); a mask is made of numbers, howev
 
 import logging
 import math
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +19,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageOps
 
-from unet_helpers.config import IGNORE, RunError, UserError, one_line
+from unet_helpers.config import IGNORE, UserError, one_line
 from unet_helpers.system import on_disk
 
 
@@ -36,6 +38,9 @@ CONSTANTS = {"none": ((0, 0, 0), (1, 1, 1)), "imagenet": ((0.485, 0.456, 0.406),
 MAX_COLOURS = 254  # of the masks of a data set
 Image.init()
 FORMATS = sorted(Image.OPEN.keys() - {"EPS", "IPTC"})  # a program for Ghostscript, and what may hold one
+# What Pillow's plug-ins, tifffile and NumPy raise for files that are damaged, or something else.
+DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError)
+DAMAGE = (*DAMAGE, TypeError, ValueError, struct.error, zlib.error)
 LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
 STRIP = 512  # rows that are worked on at a time
 VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view
@@ -66,9 +71,7 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
         raise UserError(f"{path}: too large to open safely ({error}): {remedy}") from error
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror}: name an image file") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plug-ins raise whatever they like: OSError, SyntaxError, struct.error, ...
+    except DAMAGE as error:
         raise UserError(f"{path}: not a readable picture, or damaged ({one_line(error)}): get it again") from error
 
 
@@ -120,9 +123,7 @@ def open_image(path: str | Path, max_pixels: int | None = None) -> np.ndarray:
                 raise UserError(f"{path}: has {pixels} pixels; so many must be asked for: set --max-pixels {pixels}")
             values = np.atleast_3d(page.asarray(out=on_disk(page.shape, np.uint8)))
         return np.broadcast_to(values[..., :3], (*values.shape[:2], 3))
-    except (UserError, RunError):
-        raise
-    except Exception:  # no TIFF, or a damaged one, or one that needs a decoder which tifffile has not
+    except DAMAGE:  # no TIFF, or a damaged one, or one that needs a decoder which tifffile has not
         return read_image(path)
 
 
