@@ -86,8 +86,7 @@ class BinaryHistogram(_Tally):
     def roc_auc(self) -> float:
         """Area under the ROC curve by trapezoids: how often foreground scores above background, ties counting half."""
         negative, positive = self.table.cpu().numpy().astype(np.float64)
-        below = np.cumsum(negative) - negative / 2
-        return float(ratio((positive * below).sum(), positive.sum() * negative.sum()))
+        return float(ratio((positive * (np.cumsum(negative) - negative / 2)).sum(), positive.sum() * negative.sum()))
 
     def pr_auc(self) -> float:
         """Average precision, Σ (R_n - R_{n-1})·P_n over all thresholds, without interpolation, as in scikit-learn."""

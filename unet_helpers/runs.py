@@ -172,8 +172,6 @@ def new_run(run: Path, config: Config, resume: bool) -> None:
     elif taken := [path for path in (*(run / name for name in PUBLISHED), last) if path.exists()]:
         raise UserError(f"{run}: already holds a run ({taken[0].name}); choose another folder, or --resume it.")
     make_folder(run / "state")
-    for left in run.rglob(".*.part"):  # by a training that was killed while it wrote
-        left.unlink(missing_ok=True)
     if not resume:
         write_whole(run / "config.yaml", dump_config(config))
 

@@ -199,12 +199,16 @@ def make_folder(path: Path) -> Path:
 def on_disk(shape: tuple[int, ...], dtype: type, folder: str | Path | None = None) -> np.ndarray:
     """A memory-mapped array whose temporary file is gone with it; `RunError` if the disk has no room."""
     folder, size = folder or tempfile.gettempdir(), math.prod(shape) * np.dtype(dtype).itemsize
-    if shutil.disk_usage(folder).free < size:
-        raise RunError(f"{folder}: has no room for {size / 2**30:.1f} GiB: free some, or name a folder by TMPDIR")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        with suppress(AttributeError, OSError):  # taken now: a disk that is full later would kill the program
-            os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(file, dtype, "w+", shape=shape)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # taken now: a disk that is full later would kill the program
+                os.posix_fallocate(file.fileno(), 0, size)
+            elif shutil.disk_usage(folder).free < size:
+                raise OSError("too little is free")
+            return np.memmap(file, dtype, "w+", shape=shape)
+    except OSError as error:
+        problem = f"has no room for {size / 2**30:.1f} GiB ({one_line(error)})"
+        raise RunError(f"{folder}: {problem}: free some, or name a folder by TMPDIR") from error
 
 
 def let_go(array: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,19 @@ def test_a_disk_that_fails_at_some_moment_of_training_loses_nothing(config, whol
     assert "\n" not in str(caught.value)
     assert litter(tmp_path) == []
     train(config, run, resume=(run / "config.yaml").exists(), quiet=True)
+    assert same(run, whole)
+
+
+def test_a_resumed_run_whose_folder_cannot_be_written_trains_nothing(config, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "metrics.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(system.tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(READ_ONLY))
+        patch.setattr(training, "load_state", lambda *_: pytest.fail("went on"))
+        with pytest.raises(UserError, match=f"{run}.*cannot be written"):
+            train(config, run, resume=True, quiet=True)
+    train(config, run, resume=True, quiet=True)
     assert same(run, whole)
 
 

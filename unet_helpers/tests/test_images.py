@@ -414,3 +414,15 @@ def test_what_is_let_go_leaves_memory_and_keeps_its_values(tmp_path):
     assert before - resident() > 0.9 * array.nbytes
     assert (array[3999] == np.arange(8000) % 251).all()
     let_go(np.zeros(3))  # nothing to let go of
+
+
+def test_a_deep_picture_that_opencv_refuses_is_read_with_8_bits(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 5, 3), 40_000, np.uint16))
+    assert read_image(tmp_path / "deep.png").dtype == np.float32
+
+    def refuse(*_):
+        raise cv2.error("more than 2^20 pixels a side")
+
+    monkeypatch.setattr(images.cv2, "imdecode", refuse)
+    picture = read_image(tmp_path / "deep.png")
+    assert (picture.shape, picture.dtype) == ((4, 5, 3), np.uint8)

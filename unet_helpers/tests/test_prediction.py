@@ -43,6 +43,7 @@ def test_tiles_give_what_the_whole_image_gives(settings):
     with torch.no_grad():
         whole, tiled = predict_logits(model, image), predict_logits(model, image, tile=64)
     assert whole.shape == (1, 1, 150, 203)
+    torch.testing.assert_close(tiled, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tiled.sigmoid(), whole.sigmoid(), rtol=0, atol=1e-5)
 
 

@@ -192,6 +192,8 @@ def test_valid_padding_is_not_exported(trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "run")
     text = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(text.replace("padding: same", "padding: valid"))
-    with pytest.raises(UserError, match="valid"):
-        export(tmp_path / "run", tmp_path / "model.onnx")
+    shutil.copytree(tmp_path / "run", tmp_path / "runs" / "one")
+    for run in ("run", "runs"):  # an ensemble, too
+        with pytest.raises(UserError, match="valid"):
+            export(tmp_path / run, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()

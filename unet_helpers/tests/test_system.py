@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,6 +70,29 @@ write_whole(pathlib.Path({str(path)!r}), "new" * 1000)
     killed = subprocess.run([sys.executable, "-c", code], timeout=120)
     assert killed.returncode == -9
     assert path.read_text() == "old"
+
+
+def test_a_disk_without_room_for_a_temporary_array_says_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(RunError, match=r"no room for 0\.0 GiB.*TMPDIR"):
+        system.on_disk((10, 10), np.uint8, tmp_path)
+    monkeypatch.delattr(os, "posix_fallocate")  # as on Windows and on Macs
+    assert system.on_disk((10, 10), np.uint8, tmp_path).shape == (10, 10)
+    monkeypatch.setattr(system.shutil, "disk_usage", lambda folder: SimpleNamespace(free=99))
+    with pytest.raises(RunError, match="no room"):
+        system.on_disk((10, 10), np.uint8, tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux only")
+def test_weights_that_were_read_are_mapped_to_no_file(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", {"a": torch.arange(100_000)})
+    tensors, _ = read_tensors(tmp_path / "w.safetensors")
+    with open("/proc/self/maps") as maps:
+        assert "w.safetensors" not in maps.read()
+    assert tensors["a"][-1] == 99_999
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
