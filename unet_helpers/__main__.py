@@ -30,8 +30,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Say what is wrong, without usage and tips around it."""
-        command = self.prog.replace(" [options]", "")
-        raise UserError(f"{explain(message)} (see `{command} --help`)") from ex
+        raise UserError(f"{explain(message)} (see `{self.prog.replace(' [options]', '')} --help`)") from ex
 
 
 def prepare_command(args: Namespace) -> None:
@@ -54,8 +53,6 @@ def train_command(args: Namespace) -> None:
     """
     from unet_helpers.training import train
 
-    if args.run and args.resume:
-        raise UserError("--run starts a new run and --resume goes on with one: give one of them.")
     config = from_parsed(args.as_dict())
     run = args.resume or args.run or f"checkpoints/{config.data.name}-{datetime.now():%Y%m%d-%H%M%S}"
     metrics = train(config, run, resume=bool(args.resume))
@@ -140,8 +137,9 @@ def make_parsers() -> dict[str, Parser]:
     prepare.add_argument("--offline", help="also write the set, augmented once for all, to this new folder")
     prepare.add_class_arguments(DataConfig, "data", skip={"name", "root"})
 
-    train.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
-    train.add_argument("--resume", help="folder of an interrupted run to go on with; its settings are taken from it")
+    folder = train.add_mutually_exclusive_group()
+    folder.add_argument("--run", help="the run folder to write; by default checkpoints/NAME-DATE-TIME")
+    folder.add_argument("--resume", help="folder of an interrupted run to go on with; its settings are taken from it")
 
     evaluate.add_argument("--data", choices=DATA_SETS, help="data set; by default the run's own")
     evaluate.add_argument("--data-root", help="where it lies; by default where it lay in training")
@@ -156,8 +154,7 @@ def make_parsers() -> dict[str, Parser]:
     predict.add_argument("--gif", action="store_true", help="also write image, probability and mask as an animation")
 
     export.add_argument("--output", help="the file to write; by default RUN.onnx")
-    sides = tuple[PositiveInt, PositiveInt]
-    benchmark.add_argument("--size", type=sides, default=(584, 565), help="height, width of image to predict")
+    benchmark.add_argument("--size", type=tuple[PositiveInt, PositiveInt], default=(584, 565), help="height, width")
     benchmark.add_argument("--large", action="store_true", help="also predict 8000 x 8000 pixels on the CPU: minutes")
     benchmark.add_argument("--steps", type=PositiveInt, default=12, help="how often everything is measured")
     study.add_argument("study", help="folder with a grid.yaml, such as checkpoints/study-encoder")
@@ -205,7 +202,7 @@ def parse(arguments: list[str]) -> Namespace:
             files.append(Path(value) / "config.yaml" if name == "--resume" else Path(value))
             load_config(files[-1])  # names the file if something is wrong with it
             word = f"{name}={value}"
-        if name[2:] in SECTIONS and arguments[0] != "evaluate":  # whose --data is a data set
+        if name.startswith("--") and name[2:] in SECTIONS and arguments[0] != "evaluate":  # whose --data is a data set
             raise UserError(f"{name} holds many settings: set one as {name}.NAME=VALUE, or give a file to --config.")
         others += [word] if name != "--config" else []
     try:

@@ -56,7 +56,6 @@ def _find(root: Path | str, name: str) -> list[Path]:
     return sorted((Path(root, path) for path in found), key=lambda path: (len(path.parts), path))
 
 
-# ---- DRIVE and RITE
 def find_drive(root: Path | str) -> list[Path]:
     """Folders at any depth below `root` that hold DRIVE's `training` and `test`, the least deep first."""
     return list(dict.fromkeys(path.parent.parent for path in _find(root, "1st_manual")))
@@ -106,7 +105,6 @@ def read_rite(root: Path) -> list[Pair]:
     return pairs
 
 
-# ---- Carvana and CamVid
 def read_carvana(root: Path) -> list[Pair]:
     """Carvana as Kaggle's archives unpack, or in `{train,val,test}_{images,masks}`, whose split tears cars apart."""
     found = [Path(path) for path in glob.iglob("**/*_masks/*_mask.gif", root_dir=root, recursive=True)]
@@ -137,7 +135,6 @@ def read_camvid(root: Path) -> list[Pair]:
     return pairs
 
 
-# ---- NYUv2
 def nyuv2_classes(source: int, target: int) -> dict[int, int]:
     """What the labels of NYUv2's 894, 40 or 13 classes are among its 40 or 13; 0, unlabelled, becomes 255."""
     classes = {label: label for label in range(source + 1)}
@@ -145,6 +142,9 @@ def nyuv2_classes(source: int, target: int) -> dict[int, int]:
         if target <= step < source:
             classes = {label: [0, *NYUV2[f"to_{step}"]][value] for label, value in classes.items()}
     return {label: value - 1 if value else IGNORE for label, value in classes.items()}
+
+
+MEANINGS |= {f"nyuv2-{classes}": nyuv2_classes(classes, classes) for classes in (13, 40)}
 
 
 def read_nyuv2(root: Path, classes: int) -> tuple[list[Pair], Meaning]:

@@ -14,16 +14,13 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from unet_helpers import images
-from unet_helpers.augmentation import make_augmentation
-from unet_helpers.catalogue import load_nyuv2, read_public
+from unet_helpers import augmentation, catalogue, images, sample_data
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError
 from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_folder
-from unet_helpers.sample_data import make_retina
 from unet_helpers.system import make_folder, write_whole
 
 MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
-draw_once = lru_cache(maxsize=64)(make_retina)  # data sets of several runs ask for the same drawings
+draw_once = lru_cache(maxsize=64)(sample_data.make_retina)  # data sets of several runs ask for the same drawings
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
 
@@ -66,7 +63,7 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
             groups = groups_by_name(pairs, config.group_pattern)
             meaning = find_meaning([pair.mask for pair in pairs], wanted_meaning(config))
         else:
-            pairs, groups, meaning = read_public(config.name, root, observer)
+            pairs, groups, meaning = catalogue.read_public(config.name, root, observer)
         brought = [pair.split for pair in pairs]
         # CamVid's standard split has frames of one film on two sides; whoever compares with others must follow it.
         standard = observer == 2 or (config.name == "camvid" and not config.folds)
@@ -127,7 +124,7 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         retina = draw_once((SPLITS.index(split), int(index)), int(size))
         return retina.image.copy(), getattr(retina, labels).copy()
     if sample.number is not None:
-        image, values = load_nyuv2(sample.image, sample.number)
+        image, values = catalogue.load_nyuv2(sample.image, sample.number)
     else:
         image = images.read_image(sample.image)
         values = images.read_mask_values(sample.mask, isinstance(sample.meaning, images.Colours))
@@ -199,7 +196,8 @@ class Decoded:
         files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
         states = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         place = os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number
-        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, sample)))
+        meant = replace(sample, name="", group="", split="")  # none of which changes the cached image
+        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, meant)))
         return self.folder / f"{name}.npy", source
 
     def check(self, index: int) -> tuple[np.ndarray, ...]:
@@ -239,7 +237,7 @@ class TrainingPatches(Dataset):
             drawn = np.random.default_rng(config.seed).permutation(len(samples))[: config.data.train_limit]
             samples = [samples[index] for index in sorted(drawn)]
         self.names, self.kind = [sample.name for sample in samples], config.data.normalisation
-        self.seed, self.augment = config.seed, make_augmentation(config.augmentation)
+        self.seed, self.augment = config.seed, augmentation.make_augmentation(config.augmentation)
         self.decoded, there = Decoded(samples, config), False
         for index in tqdm(range(len(samples)), "reading images", leave=False, disable=quiet or not self.decoded.cached):
             mask = self.decoded.check(index)[1]

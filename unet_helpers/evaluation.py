@@ -13,7 +13,6 @@ from unet_helpers.catalogue import class_names
 from unet_helpers.config import IGNORE, Config, DataConfig, RunError, UserError
 from unet_helpers.datasets import WholeImages, find_samples
 from unet_helpers.losses import SegmentationLoss
-from unet_helpers.metrics import BinaryHistogram, ConfusionMatrix
 from unet_helpers.prediction import drop_specks, find_views, predict_logits, predict_probabilities
 from unet_helpers.runs import Run, load_run
 from unet_helpers.system import find_device, write_json
@@ -26,8 +25,8 @@ class Evaluation:
     num_classes: int  # 1 for binary
     class_names: list[str]
     groups: list[str]  # that the images belong to
-    table: BinaryHistogram | ConfusionMatrix  # pooled over all images
-    one_vs_rest: list[BinaryHistogram]  # several classes: of each class's probability
+    table: metrics.BinaryHistogram | metrics.ConfusionMatrix  # pooled over all images
+    one_vs_rest: list[metrics.BinaryHistogram]  # several classes: of each class's probability
     names: list[str] = field(default_factory=list)  # of the images
     image_counts: list[np.ndarray] = field(default_factory=list)  # tp, fp, fn, tn: (4,), several classes (K, 4)
     skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
@@ -47,7 +46,7 @@ def predictions(model: nn.Module, images: WholeImages, device: torch.device, fli
 
 def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device, flips: bool | str = True) -> float:
     """The threshold with the highest pooled Dice on (validation) images; see `score_images`."""
-    histogram = BinaryHistogram(device)
+    histogram = metrics.BinaryHistogram(device)
     for probability, mask, _ in predictions(model, images, device, flips):
         histogram.update(probability, mask)
     return histogram.best_threshold()
@@ -57,8 +56,8 @@ def score_images(
     model: nn.Module, images: WholeImages, num_classes: int, device, threshold: float | None, flips=True, min_size=0
 ) -> Evaluation:
     """Predict images one by one at their own size, with a model in evaluation mode, and count; see `Evaluation`."""
-    table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
-    one_vs_rest = [BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
+    table = metrics.BinaryHistogram(device) if num_classes == 1 else metrics.ConfusionMatrix(num_classes, device)
+    one_vs_rest = [metrics.BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
     classes, groups = class_names(images.config.data, num_classes), [sample.group for sample in images.samples]
     result = Evaluation(num_classes, classes, groups, table, one_vs_rest)
     for probability, mask, name in predictions(model, images, device, flips):
@@ -151,9 +150,10 @@ def score_run(
     used, or if a run of the ensemble was trained on an image of the split, which would make it the others' judge.
     """
     opened, target = load_run(run), find_device(device)
-    config = replace(opened.config, data=data or opened.config.data)
+    own, joined = opened.config.data, "runs" in opened.metrics
+    here = replace(data or own, normalisation=own.normalisation, longest_side=own.longest_side)  # as in its training
+    config = replace(opened.config, data=here)
     images = WholeImages(samples_of(config, split), config)
-    here, own, joined = config.data, opened.config.data, "runs" in opened.metrics
     known = {sample.name for sample in images.samples} & set(opened.metrics["training_images"] if joined else [])
     if known and split != "train" and here.name == own.name and (here.root == own.root or here.name != "folder"):
         raise UserError(f"{run}: a run of this ensemble was trained on {min(known)}, which is in the split {split}.")
@@ -179,7 +179,7 @@ def validate(model: nn.Module, images: WholeImages, loss_function: SegmentationL
     the `threshold` that makes it largest (several classes: mean Dice, None). Leaves the model in evaluation mode.
     """
     device, num_classes = accelerator.device, loss_function.num_classes
-    table = BinaryHistogram(device) if num_classes == 1 else ConfusionMatrix(num_classes, device)
+    table = metrics.BinaryHistogram(device) if num_classes == 1 else metrics.ConfusionMatrix(num_classes, device)
     model.eval()
     sums = torch.zeros(2 + 3 * num_classes, dtype=torch.float64)
     for index in range(accelerator.process_index, len(images), accelerator.num_processes):
@@ -189,7 +189,7 @@ def validate(model: nn.Module, images: WholeImages, loss_function: SegmentationL
         if not sums.isfinite().all():
             raise RunError("The validation loss is no number, the weights diverged: lower training.learning_rate.")
         table.update(metrics.probabilities(logits) if num_classes == 1 else logits.argmax(1), mask)
-    table.reduce(lambda counts: accelerator.reduce(counts, "sum"))
+    table.table = accelerator.reduce(table.table, "sum")
     sums = accelerator.reduce(sums.to(device, torch.float64 if device.type != "mps" else torch.float32), "sum")
     threshold = table.best_threshold() if num_classes == 1 else None
     best, plain = (table.scores(threshold), table.scores(0.5)) if num_classes == 1 else (table.scores(),) * 2

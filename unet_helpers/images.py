@@ -92,6 +92,7 @@ def read_image(path: str | Path) -> np.ndarray:
     if picture.mode in DEEP_MODES:
         return _stretch(np.array(picture))
     with suppress(cv2.error):  # as for more than 2^20 pixels a side
+        is_deep = is_deep and orientation(path) == 1  # OpenCV does not turn pictures
         deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if is_deep else None
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
             return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
@@ -286,8 +287,7 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
 
 def view_diameter(view: np.ndarray) -> int | None:
     """Diameter in pixels of a field of view, bool (H, W), where it is widest or highest; None if it is everything."""
-    seen = [np.flatnonzero(view.any(axis)) for axis in (0, 1)]
-    return None if view.all() or not seen[0].size else max(int(np.ptp(places)) + 1 for places in seen)
+    return None if view.all() else max(cv2.boundingRect(view.astype(np.uint8))[2:]) or None
 
 
 def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:

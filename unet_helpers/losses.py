@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_helpers.config import IGNORE, UserError, need
@@ -111,8 +110,7 @@ def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> 
         raise UserError(f"logits have shape {tuple(logits.shape)}, expected {expected}")
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(target.shape) != expected:
-        channel = target.ndim == 4 and target.shape[1] == 1
-        hint = ", without a channel axis: use target.squeeze(1)" if channel else ""
+        hint = ", without a channel axis: use target.squeeze(1)" if target.ndim == 4 and target.shape[1] == 1 else ""
         raise UserError(f"target has shape {tuple(target.shape)}, expected (batch, height, width) = {expected}{hint}")
     if not logits.is_floating_point() or target.dtype != torch.int64:
         types = f"logits are {logits.dtype} and target is {target.dtype}"
@@ -131,7 +129,7 @@ def _prepare(logits: Tensor, target: Tensor, num_classes: int | None = None) -> 
 def _cross_entropy_sums(z: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
     """Sum of the pixels' weights (or which are valid), and weighted Σ cross-entropy, (2,)."""
     if z.shape[1] == 1:
-        terms = F.softplus(z) - z * truth
+        terms = nn.functional.softplus(z) - z * truth
     else:
         terms = z.logsumexp(1, keepdim=True) - (z * truth).sum(1, keepdim=True)
     return torch.stack([weight.sum().to(z.dtype), (terms * weight).sum()])

@@ -5,7 +5,6 @@ Probabilities are compared as the 16-bit numbers of `predict`'s PNG, so a file s
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import cv2
@@ -53,10 +52,6 @@ class _Tally:
 
     def __init__(self, *shape: int, device: torch.device | str = "cpu"):
         self.table = torch.zeros(shape, dtype=torch.int64, device=device)
-
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Replace the table by its sum over processes, `all_reduce(table)`. Call once, after the last update."""
-        self.table = all_reduce(self.table)
 
     def _add(self, cell: Tensor, valid: Tensor) -> None:
         size = self.table.numel()  # ignored pixels go to one cell more, which is dropped

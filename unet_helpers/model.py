@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from unet_helpers.config import ModelConfig, UserError, need, one_line
@@ -122,8 +121,7 @@ class Up(nn.Module):
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """Join x (B, in, H, W) and skip (B, out, at least 2H, at least 2W): the skip's channels come first."""
         x = self.up(x)
-        skip = center_crop(skip, x.shape[-2:])
-        return self.conv(torch.cat([skip, x], dim=1))
+        return self.conv(torch.cat([center_crop(skip, x.shape[-2:]), x], dim=1))
 
 
 class UNet(nn.Module):
@@ -226,7 +224,7 @@ def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
     """Repeat the last row and column of (B, C, H, W) until `stride` divides height and width."""
     bottom, right = (-side % stride for side in x.shape[-2:])
     # Zeros would draw an edge there, and mirroring needs an image larger than what is added.
-    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+    return nn.functional.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
 def forward_whole(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

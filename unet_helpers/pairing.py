@@ -1,6 +1,5 @@
 """Which files belong together: an image with its mask, the pictures of one group, the groups on one side of a split.
 
-Words that only say "I am an image" or "I am a mask" are struck out of names such as `01_test.tif` and `01_manual1.gif`.
 A group (one eye with its augmented copies, one car with its 16 views) must not be torn apart: near-copies of training
 images would be in the test set, and the score would measure memory.
 """
@@ -42,7 +41,6 @@ class Pair(NamedTuple):
     group: str = ""  # that a list names
 
 
-# ---- image and mask
 def read_folder(root: Path) -> list[Pair]:
     """Find every image below `root` with its mask, sorted by path.
 
@@ -74,13 +72,12 @@ def read_folder(root: Path) -> list[Pair]:
         images, masks = sorted(images), sorted(masks)
         if not masks:  # perhaps side by side in one folder
             masks = [path for path in images if any(re.fullmatch(rf"({MASK_WORDS})\d*", x) for x in _words(path))]
-            images = [path for path in images if path not in masks]
+            images = sorted(set(images) - set(masks))
         matched = pair_by_name(images, masks)
         if unused := set(masks) - set(matched.values()):
             raise UserError(f"{min(unused)}: no image with a matching name: add it, or move the mask elsewhere")
         split = next((part for part in place if part in SPLIT_OF), "")
-        others = tuple(part for part in place if part not in SPLIT_OF)
-        pairs += [Pair(image, mask, split, others) for image, mask in matched.items()]
+        pairs += [Pair(image, mask, split, place) for image, mask in matched.items()]
     if not pairs:
         raise UserError(f"{root}: no pictures below it: put photographs in {root}/images, their masks in {root}/masks")
     return pairs
@@ -100,7 +97,7 @@ def read_list(path: Path) -> list[Pair]:
         raise UserError(f"{path}: cannot be read as a list ({one_line(error)}): save it as CSV in UTF-8") from error
     if not {"image", "mask"} <= set(table.fieldnames) or not rows:
         raise UserError(f"{path}: must hold a line with the column names image and mask, and a line for each image")
-    pairs = []
+    pairs, taken = [], set()
     for line, row in rows:
         place = f"{path} line {line}"
         cells = {name: (cell or "").strip() for name, cell in row.items() if name is not None}  # None: too many cells
@@ -110,6 +107,9 @@ def read_list(path: Path) -> list[Pair]:
         image, mask = (_listed(path, cells[name], place) for name in ("image", "mask"))
         view = _listed(path, cells["field_of_view"], place) if cells.get("field_of_view") else None
         folders = image.relative_to(path.parent).parts[:-1]
+        if image.with_suffix("") in taken:
+            raise UserError(f"{place}: {one_line(cells['image'])} has the name of an image above: rename or remove one")
+        taken.add(image.with_suffix(""))
         pairs.append(Pair(image, mask, SPLIT_OF.get(split, ""), folders, view, None, cells.get("group", "")))
     return pairs
 
@@ -151,7 +151,8 @@ def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Pa
     found: dict[Path, Path] = {}
     for image_words, mask_words in (("", ""), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
         left = _by_tokens([path for path in images if path not in found], image_words)
-        right = _by_tokens([path for path in masks if path not in found.values()], mask_words)
+        taken = set(found.values())
+        right = _by_tokens([path for path in masks if path not in taken], mask_words)
         for key in left.keys() & right.keys():
             for files in (left[key], right[key]):
                 if len(files) > 1:
@@ -179,7 +180,6 @@ def _words(path: Path) -> list[str]:
     return re.split(r"[-_.\s()]+", unicodedata.normalize("NFC", path.stem.lower()))
 
 
-# ---- groups
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
     """The group of each image: what a list says, or what `data.group_pattern` finds in the stem of its name.
 
@@ -196,7 +196,7 @@ def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:
         return groups
     named = list(zip(pairs, groups, strict=True))
     copied = {group for pair, group in named if pair.group or group != pair.image.stem}
-    return [g if g in copied else "/".join(filter(None, [pair.split, *pair.folders, g])) for pair, g in named]
+    return [g if g in copied else "/".join([*pair.folders, g]) for pair, g in named]
 
 
 # ---- splits: groups are sorted before they are shuffled, so that only the seed decides, not the order of files

@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 from tifffile import imwrite
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from unet_helpers import images
@@ -58,12 +57,12 @@ def predict_probabilities(
     if factor != 1:
         scaled = [max(1, round(side * factor)) for side in image.shape[-2:]]
         # On the CPU, as not every device can do this.
-        image = functional.interpolate(image.cpu()[None], scaled, mode="bilinear", antialias=True)[0].to(image.device)
+        image = nn.functional.interpolate(image.cpu()[None], scaled, mode="bilinear", antialias=True)[0].to(image)
     probability = average(model, image, flips, tile)
     if size == tuple(image.shape[-2:]):
         return probability
-    channels = probability.reshape(1, -1, *image.shape[-2:])
-    return functional.interpolate(channels, size, mode="bilinear").clamp(0, 1).reshape(*probability.shape[:-2], *size)
+    planes = probability.reshape(1, -1, *image.shape[-2:])
+    return nn.functional.interpolate(planes, size, mode="bilinear").clamp(0, 1).reshape(*probability.shape[:-2], *size)
 
 
 def scale_of(model: nn.Module, view: np.ndarray) -> float:
@@ -120,14 +119,13 @@ def tiling(model: nn.Module, tile: int, spare: int = 0) -> tuple[int, int]:
 
 @torch.inference_mode()
 def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min_size: int) -> Iterator:
-    """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip.
-
-    Where the network takes the picture smaller, it is reduced first and predicted as a whole.
-    """
+    """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip."""
     model, data, small = run.model, run.config.data, None
     view, (height, width) = images.field_of_view(picture), picture.shape[:2]
-    side = data.longest_side or round(max(height, width) * scale_of(model, view))
-    if side < max(height, width):
+    longest = max(height, width)
+    side = min(data.longest_side or longest, longest)
+    side = round(longest * scale_of(model, view)) if side == longest else side
+    if side < longest:
         small = predict_image(model, images.shrink(picture, side), device, flips, data)
         y, x = ((torch.arange(count, device=device) * 2 + 1) / count - 1 for count in (height, width))  # from -1 to 1
     statistics = images.statistics_inside(picture, view)
@@ -139,7 +137,7 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
         if small is not None:
             grid = torch.stack(torch.meshgrid(y[top:bottom], x, indexing="ij")[::-1], -1)[None]
             channels = small.reshape(1, -1, *small.shape[-2:])
-            part = functional.grid_sample(channels, grid, padding_mode="border", align_corners=False).clamp(0, 1)
+            part = nn.functional.grid_sample(channels, grid, padding_mode="border", align_corners=False).clamp(0, 1)
             part = part.reshape(*small.shape[:-2], bottom - top, width)
         else:
             first, last = max(top - margin, 0) // model.stride * model.stride, min(bottom + margin, height)
@@ -246,9 +244,10 @@ def drop_specks(probability: Tensor, threshold: float | None, min_size: int) -> 
     classes = classify(probability, threshold)[0].astype(np.int64)
     regions = label(classes, background=0, connectivity=2)
     specks = (np.bincount(regions.ravel()) < min_size)[regions] & (regions > 0)
+    classes[specks] = 0 if specks.all() else classes[specks]  # a picture of nothing but specks
     nearest = distance_transform_edt(specks, return_distances=False, return_indices=True)
     specks, classes = (torch.from_numpy(array).to(probability.device) for array in (specks, classes[tuple(nearest)]))
-    certain = classes if probability.ndim == 2 else functional.one_hot(classes, len(probability)).movedim(-1, 0)
+    certain = classes if probability.ndim == 2 else nn.functional.one_hot(classes, len(probability)).movedim(-1, 0)
     return torch.where(specks, certain.to(probability), probability)
 
 

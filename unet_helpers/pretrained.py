@@ -46,9 +46,8 @@ class PretrainedNet(nn.Module):
         self.detail = self.join = None
         if config.full_resolution_skip:
             width = self.net.segmentation_head[0].in_channels
-            self.detail, self.join = DoubleConv(config.in_channels, width), DoubleConv(2 * width, width)
-            for block in (self.detail, self.join):
-                block.apply(initialise)
+            blocks = DoubleConv(config.in_channels, width), DoubleConv(2 * width, width)
+            self.detail, self.join = (block.apply(initialise) for block in blocks)
         try:  # some encoders are built for one image size, and find out only when they see another
             with torch.no_grad():
                 self.eval()(torch.zeros(1, config.in_channels, 40, 200))

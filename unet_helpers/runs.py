@@ -12,18 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unet_helpers.catalogue import class_names
+from unet_helpers import catalogue, plots
 from unet_helpers.config import SECTIONS, Config, UserError, dump_config, load_config, one_line, to_dict
 from unet_helpers.model import Ensemble, build_model
-from unet_helpers.plots import plot_history, to_png
 from unet_helpers.system import make_folder, read_tensors, without_nan, write_table, write_tensors, write_whole
 
 LAST = Path("state") / "last.safetensors"
 PUBLISHED = ("config.yaml", "history.csv", "metrics.json", "losses.png", "model.safetensors")
-COLUMNS = (
-    "epoch", "step", "learning_rate", "train_loss", "val_loss", "val_accuracy", "val_correct", "val_total", "val_dice",
-    "val_threshold", "images_per_second", "seconds",
-)  # fmt: skip
+VALIDATED = tuple(f"val_{name}" for name in ("loss", "accuracy", "correct", "total", "dice", "threshold"))
+COLUMNS = ("epoch", "step", "learning_rate", "train_loss", *VALIDATED, "images_per_second", "seconds")
 
 
 @dataclass
@@ -81,11 +78,10 @@ def join_runs(path: Path, runs: list[Run]) -> Run:
     """The ensemble of runs that name and see things alike, with the mirror images and turns that all have seen."""
     names, configs = [run.path.name for run in runs], [run.config for run in runs]
     sizes = [run.model.view_diameter or 0 for run in runs]
-    what = "model.num_classes data.name data.labels data.normalisation data.longest_side"
-    alike = {tuple(result_settings(config)[name] for name in what.split()) for config in configs}
+    what = "model.num_classes data.name data.labels data.palette data.normalisation data.longest_side"
+    alike = {tuple(str(result_settings(config)[name]) for name in what.split()) for config in configs}
     if len(alike) > 1 or max(sizes) > 1.1 * min(sizes):
-        needs = f"which needs equal {what} and view_diameter"
-        raise UserError(f"{path}: its runs are no ensemble, {needs}; name one of them.")
+        raise UserError(f"{path}: its runs are no ensemble, which needs equal {what} and view_diameter; name one.")
     flips = min((config.augmentation.flips for config in configs), key=[False, "horizontal", True].index)
     rotation = min(config.augmentation.rotation for config in configs)
     config = replace(configs[0], augmentation=replace(configs[0].augmentation, flips=flips, rotation=rotation))
@@ -115,7 +111,7 @@ def export(run: Path | str, output: Path | str) -> None:
     names = {"input_names": ["image"], "output_names": ["probability"]}
     sizes, image = ({0: "batch", 2: "height", 3: "width"},), torch.randn(2, 3, 75, 101)
     proto = torch.onnx.export(network, (image,), dynamo=True, dynamic_shapes=sizes, verbose=False, **names).model_proto
-    known = {"threshold": opened.threshold, "classes": class_names(data, num_classes)}
+    known = {"threshold": opened.threshold, "classes": catalogue.class_names(data, num_classes)}
     known |= {"normalisation": data.normalisation, "longest_side": data.longest_side}
     known |= {"view_diameter": opened.model.view_diameter}
     for key, value in known.items():
@@ -139,7 +135,7 @@ class Progress:
     def record(self, step: int, rate: float, loss: float | None, speed: float | None, seconds: float, scores: dict):
         """Add a row for the epoch that has just ended, and note whether it is the best."""
         row = {"epoch": self.epoch, "step": step, "learning_rate": rate, "train_loss": loss}
-        row |= {f"val_{name}": scores[name] for name in ("loss", "accuracy", "correct", "total", "dice", "threshold")}
+        row |= {name: scores[name.removeprefix("val_")] for name in VALIDATED}
         row = without_nan(row | {"images_per_second": speed, "seconds": seconds})
         best = self.history[self.best_epoch]["val_dice"] if self.history else None
         # Where Dice is undefined (nothing to find in the validation images) the latest epoch is taken.
@@ -236,7 +232,7 @@ def write_history(run: Path, history: list[dict], draw: bool = True) -> None:
     """Write `history.csv` and draw `losses.png`, in training not after epochs so short that drawing would slow it."""
     write_table(run / "history.csv", COLUMNS, history)
     if draw:
-        write_whole(run / "losses.png", to_png(plot_history(history, run.name)))
+        write_whole(run / "losses.png", plots.to_png(plots.plot_history(history, run.name)))
 
 
 def read_history(path: Path | str) -> list[dict]:

@@ -62,11 +62,14 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
     path = Path(study) / "grid.yaml"
     grid, arms = read_yaml(path), {}
     try:
+        if odd := set(grid) - {"baseline", "base", "arms"} | set(grid.get("base", {})) - set(SECTIONS):
+            raise ValueError(f"{min(odd, key=str)} is none of baseline, base (with {', '.join(SECTIONS)}) and arms")
         for name, changes in grid["arms"].items():
             settings = {section: dict(grid.get("base", {}).get(section, {})) for section in SECTIONS}
             changes = dict(changes)
             seeds, starts_from = changes.pop("seeds"), changes.pop("starts_from", None)
             seeds = list(range(seeds)) if type(seeds) is int else seeds
+            starts_from = None if starts_from is None else str(starts_from)
             if {"/", "\\"} & set(str(name)):
                 raise ValueError(f"arm {name}: its name is that of a folder, so no / or \\ can be in it")
             if not seeds or any(type(seed) is not int for seed in seeds) or (starts_from and starts_from not in arms):
@@ -75,9 +78,9 @@ def load_grid(study: Path | str) -> tuple[dict[str, Arm], str]:
                 section, _, setting = key.partition(".")
                 settings[section][setting] = value
             arms[str(name)] = Arm(str(name), from_dict(settings, f"arm {name}"), seeds, starts_from)
-        if grid["baseline"] not in arms:
-            raise ValueError(f"the baseline {grid['baseline']} is no arm")
-        return arms, grid["baseline"]
+        if (baseline := str(grid["baseline"])) not in arms:
+            raise ValueError(f"the baseline {baseline} is no arm")
+        return arms, baseline
     except KeyError as error:
         raise UserError(f"{path}: lacks {error}, or names a section of settings that does not exist.") from None
     except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
@@ -113,7 +116,10 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                 try:
                     run = make_run(study, arms, arm, seed, quiet)
                 except UserError as error:
-                    if arm.config.model.encoder_weights is None:
+                    origins = [arm]
+                    while origins[-1].starts_from:
+                        origins.append(arms[origins[-1].starts_from])
+                    if all(origin.config.model.encoder_weights is None for origin in origins):
                         raise
                     print(f"{arm.name}: not run here: {error}")
                     break
@@ -131,7 +137,7 @@ def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool
     if arm.starts_from:
         origin = make_run(study, arms, arms[arm.starts_from], seed, quiet)
         part = "weights" if arm.config.model.architecture == "unet" else "encoder_weights"
-        config = replace(config, model=replace(config.model, **{part: str(origin / "model.safetensors")}))
+        config = replace(config, model=replace(config.model, **{part: str(origin.resolve() / "model.safetensors")}))
     if (run / "config.yaml").is_file() and result_settings(load_config(run / "config.yaml")) != result_settings(config):
         raise UserError(f"{run}: holds a run of other settings than grid.yaml asks for; delete that folder.")
     if not (run / "metrics.json").is_file():
@@ -259,15 +265,13 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     model, optimiser = accelerator.prepare(network, optimiser)
     loss_function = SegmentationLoss(config.model.num_classes, settings.dice_weight, settings.class_weights)
     batches = shared_batches(0, warmup + steps, settings.batch_size, 0, 1)
-    loader = iter(DataLoader(patches, batch_sampler=batches, num_workers=settings.workers))
-    times = []
-    for _ in range(warmup + steps):
-        started = system.clock(device)
-        images, masks = next(loader)
-        loaded = system.clock(device)
+    moments = [system.clock(device)]
+    for images, masks in DataLoader(patches, batch_sampler=batches, num_workers=settings.workers):
+        moments.append(system.clock(device))
         train_step(model, optimiser, loss_function, accelerator, images, masks, settings.clip_norm)
-        times.append((loaded - started, system.clock(device) - started))
-    waits, totals = np.array(times[warmup:]).T
+        moments.append(system.clock(device))
+    waits = np.diff(moments)[::2][warmup:]  # for data, then follows the step
+    totals = np.diff(moments[::2])[warmup:]
 
     plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(3, *size, device=device)
@@ -293,7 +297,7 @@ def measure_large(config: Config, side: int = 8000) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         run, tiles = Path(folder), [make_retina(0, 256).image] * math.ceil(side / 256) ** 2
         new_run(run, config, resume=False)
-        system.write_json(run / "metrics.json", {"threshold": 0.5})
+        system.write_json(run / "metrics.json", {"threshold": 0.5 if config.model.num_classes == 1 else None})
         system.write_tensors(run / "model.safetensors", build_model(config.model).state_dict())
         options = {"dtype": np.uint8, "tile": (256, 256), "compression": "zlib", "photometric": "rgb"}
         tifffile.imwrite(run / "in.tif", iter(tiles), shape=(side, side, 3), **options)

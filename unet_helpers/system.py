@@ -157,10 +157,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
     Raises `RunError` if the disk is full or fails, `UserError` if the place cannot be written.
     """
-    # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.
-    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
+        # File names that are no UTF-8 occur in old archives; they must not stop what is written at a training's end.
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager

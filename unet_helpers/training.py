@@ -27,7 +27,7 @@ from unet_helpers.evaluation import choose_threshold, samples_of, score_images, 
 from unet_helpers.images import view_diameter
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
-from unet_helpers.runs import Progress, load_network, load_state, new_run, save_epoch, write_history
+from unet_helpers.runs import LAST, Progress, load_network, load_state, new_run, save_epoch, write_history
 from unet_helpers.system import describe_device, find_device, find_precision, keep_memory, memory_is_full, write_json
 
 
@@ -52,7 +52,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         raise UserError(f"{validation.samples[0].mask}: it and all validation masks hold nothing but 255: mend them.")
 
     torch.manual_seed(config.seed)
-    network = build_model(config.model)
+    begun = resume and (run / LAST).is_file()  # then its weights are there, and those it started from may be gone
+    network = build_model(replace(config.model, weights=None, encoder_weights=None) if begun else config.model)
     network.output_size(int(np.min(config.augmentation.patch_size)))  # too small for valid padding? say it here
     average = AveragedModel(network, device, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     decay, fused = settings.weight_decay, device.type != "mps"
@@ -194,11 +195,9 @@ def train_step(
 
 def parameter_groups(network: nn.Module) -> list[dict]:
     """The parameters for the optimiser; those of an encoder of segmentation_models_pytorch in a second group."""
-    encoder = getattr(getattr(network, "net", None), "encoder", None)
-    inside = {id(parameter) for parameter in encoder.parameters()} if encoder else set()
     groups = [[], []]
-    for parameter in network.parameters():
-        groups[id(parameter) in inside].append(parameter)
+    for name, parameter in network.named_parameters():
+        groups[name.startswith("net.encoder.")].append(parameter)
     return [{"params": group} for group in groups if group]
 
 

@@ -79,6 +79,17 @@ def test_the_split_depends_on_names_and_not_on_the_order_of_the_directory(tmp_pa
     assert find_samples(config) == expected
 
 
+def test_files_of_one_name_in_two_splits_have_two_names(tmp_path):
+    for split in ("train", "test"):
+        for kind, value in (("images", 99), ("masks", 1)):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / split / kind / f"{number}.png")
+    samples = find_samples(DataConfig("folder", str(tmp_path)))
+    assert len({sample.name for sample in samples}) == len(samples) == 6
+    assert samples[-1].name == "test/2"
+
+
 def test_copies_stay_with_their_original(tmp_path):
     masks = masks_of(0, 1, count=10)
     masks |= {f"{name}__{change}": mask for name, mask in masks.items() for change in ("hflip", "vflip")}
@@ -252,6 +263,18 @@ def test_the_cache_is_renewed_where_a_source_has_changed_or_a_file_is_damaged(ca
     for one, other in zip(patches.decoded, again.decoded, strict=False):
         np.testing.assert_array_equal(one[0], other[0])
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]  # no half-written file stays
+
+
+def test_another_split_or_group_leaves_the_cache_valid(cached, decodings, monkeypatch):
+    config, _ = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    samples = find_samples(config.data)
+    before = [datasets.Decoded(samples, config)[n] for n in range(len(samples))]
+    decodings.clear()
+    moved = [dataclasses.replace(sample, split="test", group="other") for sample in samples]
+    for n, item in enumerate(before):
+        np.testing.assert_array_equal(datasets.Decoded(moved, config)[n][0], item[0])
+    assert decodings == []
 
 
 def path_content(cache: Path) -> bytes:

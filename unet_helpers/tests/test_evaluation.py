@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from skimage.morphology import skeletonize
 
-from unet_helpers.config import DataConfig, UserError
+from unet_helpers.config import DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages, find_samples, load_sample
 from unet_helpers.evaluation import choose_threshold, compare, evaluate, predictions, samples_of, score_images
 from unet_helpers.prediction import predict
@@ -170,6 +170,19 @@ def test_a_trained_run_is_better_than_an_untrained_one(trained_run, small_config
     train(small_config, tmp_path / "untrained", quiet=True)
     a, b = evaluate(trained_run)["dice"], evaluate(tmp_path / "untrained")["dice"]
     assert compare(trained_run, tmp_path / "untrained")["difference"] == pytest.approx(a - b)
+
+
+def test_each_of_two_runs_that_are_compared_sees_pictures_as_in_its_own_training(trained_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained_run, other)
+    config = load_config(other / "config.yaml")
+    config.data.normalisation, config.data.longest_side = "imagenet", 50
+    (other / "config.yaml").write_text(dump_config(config))
+    a, b = evaluate(trained_run)["dice"], evaluate(other)["dice"]
+    assert a != b
+    data = load_config(trained_run / "config.yaml").data
+    assert evaluate(other, data)["dice"] == b
+    assert compare(trained_run, other, data)["difference"] == pytest.approx(a - b)
 
 
 def test_an_empty_split_is_refused(trained_run, folder):

@@ -295,6 +295,7 @@ runpy.run_module("unet_helpers", run_name="__main__", alter_sys=True)
     ("words", "told"),
     [
         ("--training my.yaml", r"--training holds many settings: set one as --training\.NAME=VALUE"),
+        ("--run mydata --data.root ./model --data.name folder", "error: model: no such folder"),
         ("--config", "--config needs a path"),
         ("--config --run new", "--config needs a path"),
         ("--resume=", "--resume needs a path"),

@@ -1,5 +1,6 @@
 import errno
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def touch(root: Path, *names: str) -> Path:
 )
 def test_usual_ways_of_naming(image, mask):
     assert pair_by_name([Path(image)], [Path("other_mask.png"), Path(mask)]) == {Path(image): Path(mask)}
+
+
+def test_many_files_are_paired_in_seconds():
+    images = [Path(f"{number}.jpg") for number in range(20_000)]
+    started = time.process_time()
+    found = pair_by_name(images, [Path(f"{number}_mask.png") for number in range(20_000)])
+    assert time.process_time() - started < 15  # about one; a list searched for each name takes minutes
+    assert found[Path("77.jpg")] == Path("77_mask.png")
 
 
 def test_long_and_short_names_do_not_mix_up():
@@ -281,6 +290,7 @@ def test_a_list_says_what_belongs_together(tmp_path, mark, encoding, end):
         ("image,mask\na.png,sub/../../set2/m.png\n", r"line 2.*lies outside"),
         ("image,mask\na.png,m.png\nb.png,n.png\n", r"line 3.*no file `b\.png`"),
         ("image,mask\na.png\n", r"line 2.*no file ``"),
+        ("image,mask\na.png,m.png\na.png,sub/s.png\n", r"line 3.*a\.png has the name of an image above"),
         ("image,mask,split\na.png,m.png,holdout\n", r"line 2.*no split `holdout`"),
         ("image,mask\na.png,m,n.png\n", "line 2.*no file `m`"),
         ("image,label\na.png,m.png\n", "column names"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unet_helpers import images, prediction
 from unet_helpers.catalogue import MEANINGS
-from unet_helpers.config import AugmentationConfig, Config, UserError, dump_config, load_config
+from unet_helpers.config import AugmentationConfig, Config, DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.evaluation import evaluate
 from unet_helpers.metrics import level
@@ -222,6 +222,10 @@ def test_ground_truth_in_the_form_of_a_public_set(tmp_path):
         [1, 2, 255]
     ]
     Image.fromarray(np.array([[0, 10, 11]], np.uint8)).save(tmp_path / "b.png")
+    Image.fromarray(np.array([[0, 1, 13]], np.uint8)).save(tmp_path / "c_13.png")
+    assert find_truths([tmp_path / "c_13.png"], tmp_path / "c_13.png", MEANINGS["nyuv2-13"])[
+        tmp_path / "c_13.png"
+    ].tolist() == [[255, 0, 12]]
     assert find_truths([tmp_path / "b.png"], tmp_path / "b.png", MEANINGS["camvid"])[tmp_path / "b.png"].tolist() == [
         [0, 10, 255]
     ]
@@ -285,6 +289,7 @@ def test_specks_are_removed_by_size():
     expected[6, 1:3] = 0
     np.testing.assert_array_equal(cleaned, expected)
     assert (drop_specks(torch.from_numpy(said), 0.5, 16).numpy() < 0.5).all()
+    assert (drop_specks(torch.full((3, 4), 0.9), 0.5, 13) == 0).all()  # nothing but a speck
     assert drop_specks(torch.from_numpy(said), 0.5, 0).numpy() is not None
 
 
@@ -312,6 +317,20 @@ def test_specks_are_the_same_in_strips(monkeypatch):
     expected = drop_specks(whole, threshold, 9)
     assert (expected != whole).sum() > 50
     assert ((parts >= threshold) == (expected >= threshold)).float().mean() > 0.999  # but for rounding at the threshold
+
+
+@pytest.mark.parametrize("longest_side", [None, 90, 500])
+def test_strips_are_scaled_as_whole_pictures_are(longest_side):
+    """The field of view, found as 118 pixels wide, is reduced to the 60 of training, whatever `longest_side` allows."""
+    picture, config = make_retina(2, 128).image, Config(data=DataConfig(longest_side=longest_side))
+    model = network()
+    model.view_diameter = 60.0
+    opened = Run(Path("run"), config, model, {"threshold": 0.5})
+    parts = torch.cat([part for _, part in predict_strips(opened, picture, torch.device("cpu"), False, 0)])
+    whole = predict_image(model, picture, torch.device("cpu"), False, config.data)
+    model.view_diameter = None
+    unscaled = predict_image(model, picture, torch.device("cpu"), False)
+    assert (parts - whole).abs().mean() < (unscaled - whole).abs().mean() / 2  # it is reduced in another way
 
 
 @pytest.fixture

@@ -194,7 +194,7 @@ def test_groups_of_the_source_survive_in_the_names(tmp_path):
     samples = find_samples(DataConfig("folder", str(tmp_path / "out")))
     cars = {}
     for sample in samples:
-        cars.setdefault(sample.name[:4], set()).add(sample.split)
+        cars.setdefault(Path(sample.image).name[:4], set()).add(sample.split)
     assert all(len(splits) == 1 for splits in cars.values())
 
 

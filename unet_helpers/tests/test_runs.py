@@ -170,6 +170,16 @@ def test_runs_that_do_not_go_together_are_no_ensemble(ensemble, three_classes):
         load_run(ensemble)
 
 
+def test_runs_whose_classes_have_other_colours_are_no_ensemble(ensemble):
+    for name, colours in (("a", ["#000000", "#ff0000"]), ("b", ["#ff0000", "#000000"])):
+        path = ensemble / name / "config.yaml"
+        settings = yaml.safe_load(path.read_text())
+        settings["data"] |= {"name": "folder", "mask_values": "colours", "palette": colours}
+        path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"data\.palette"):
+        load_run(ensemble)
+
+
 @pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 9), reason="needs torch 2.9")
 def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path):
     export(trained_run, tmp_path / "model.onnx")

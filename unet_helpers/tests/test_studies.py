@@ -12,7 +12,7 @@ import yaml
 
 from unet_helpers import studies
 from unet_helpers.__main__ import main
-from unet_helpers.config import UserError, load_config, to_dict
+from unet_helpers.config import Config, ModelConfig, UserError, load_config, to_dict
 from unet_helpers.runs import load_run
 from unet_helpers.scores import widened
 from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
@@ -90,6 +90,14 @@ def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(study):
         run_study(study, ["none"])
 
 
+def test_an_interrupted_arm_goes_on_however_the_study_is_named(study, monkeypatch):
+    monkeypatch.chdir(study.parent)
+    run_study("study", ["again"], quiet=True)
+    for name in ("rows.csv", "runs/again-1/metrics.json"):
+        (study / name).unlink()
+    assert [row["arm"] for row in run_study(study, ["again"], quiet=True)] == ["again"]
+
+
 def test_of_smps_networks_the_encoder_alone_starts_from_another_arm(study, small_config):
     smp = {"seeds": 1, "model.architecture": "Unet", "model.encoder": "resnet18"}
     write_grid(study, small_config, arms={"plain": smp, "later": {**smp, "starts_from": "plain"}})
@@ -131,10 +139,20 @@ def test_a_run_that_was_killed_goes_on(study, monkeypatch):
 
 def test_an_arm_whose_encoder_weights_cannot_be_had_is_left_out(study, small_config, tmp_path, capsys):
     missing = {"seeds": 2, "model.architecture": "Unet", "model.encoder_weights": str(tmp_path / "none.pth")}
-    write_grid(study, small_config, arms={"plain": {"seeds": 1}, "pretrained": missing, "last": {"seeds": 1}})
+    later = {"seeds": 1, "model.architecture": "Unet", "starts_from": "pretrained"}
+    arms = {"plain": {"seeds": 1}, "pretrained": missing, "later": later, "last": {"seeds": 1}}
+    write_grid(study, small_config, arms=arms)
     assert [row["arm"] for row in run_study(study, quiet=True)] == ["plain", "last"]
-    assert capsys.readouterr().out.count("pretrained: not run here: encoder_weights: there is no file") == 1
+    said = capsys.readouterr().out
+    assert said.count("pretrained: not run here: encoder_weights: there is no file") == 1
+    assert said.count("later: not run here: encoder_weights: there is no file") == 1
     assert "pretrained      0  not run here" in format_study(table_of(study))
+
+
+def test_arms_may_be_called_by_numbers(study, small_config):
+    write_grid(study, small_config, baseline=16, arms={16: {"seeds": 1}, 32: {"seeds": 1, "starts_from": 16}})
+    arms, baseline = load_grid(study)
+    assert (list(arms), baseline, arms["32"].starts_from) == (["16", "32"], "16", "16")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +169,9 @@ def test_an_arm_whose_encoder_weights_cannot_be_had_is_left_out(study, small_con
         ({"arms": ["plain"]}, "no grid"),
         ({"arms": {"plain": 3}}, "no grid"),
         ({"base": [1]}, "no grid"),
+        ({"base": {"trainng": {"epochs": 1}}}, "trainng is none of"),
+        ({"base": {"seed": 3}}, "seed is none of"),
+        ({"bases": {}}, "bases is none of"),
     ],
 )
 def test_a_wrong_grid_is_named(study, small_config, changes, words):
@@ -296,3 +317,7 @@ print(studies.measure_large(config, side=2000)["large_memory_gib"])
 """
     result = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True)
     assert 0 < float(result.stdout) < 0.25
+
+
+def test_a_large_picture_of_several_classes_is_measured():
+    assert studies.measure_large(Config(model=ModelConfig(num_classes=3, widths=(2,))), side=64)["large_seconds"] > 0

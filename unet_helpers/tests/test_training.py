@@ -281,6 +281,19 @@ def test_a_run_is_not_resumed_with_other_settings(trained_run, small_config, tmp
         train(small_config, tmp_path / "unfinished", resume=True, quiet=True)
 
 
+def test_a_run_goes_on_without_the_weights_that_it_started_from(trained_run, small_config, tmp_path):
+    shutil.copy(trained_run / WEIGHTS, tmp_path / "start.safetensors")
+    small_config.model.weights = str(tmp_path / "start.safetensors")
+    train(small_config, tmp_path / "run", quiet=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "metrics.json").unlink()  # as if killed at the very end
+    (tmp_path / "start.safetensors").unlink()
+    train(small_config, tmp_path / "again", resume=True, quiet=True)
+    assert same(tmp_path / "again" / WEIGHTS, tmp_path / "run" / WEIGHTS)
+    with pytest.raises(UserError, match=r"start\.safetensors"):
+        train(small_config, tmp_path / "new", quiet=True)
+
+
 def test_a_damaged_checkpoint_is_not_resumed_from(trained_run, small_config, tmp_path):
     for file in ("config.yaml", LAST):
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
