@@ -19,7 +19,7 @@ from unet_helpers.config import IGNORE, Config, DataConfig, UserError
 from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_folder
 from unet_helpers.system import make_folder, write_whole
 
-MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set keeps in memory; larger ones are cached on disk
+MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set may have; larger ones are cached on disk
 draw_once = lru_cache(maxsize=64)(sample_data.make_retina)  # data sets of several runs ask for the same drawings
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
 
@@ -156,8 +156,9 @@ def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
 class Decoded:
     """What `decode` gives of each sample of a data set, computed only once.
 
-    Sets of more than `MEMORY_LIMIT` bytes are cached in `~/.cache`, one memory-mapped NPY file an image, which can be
-    deleted at any time. It remembers size and time of its sources, so what is missing or outdated is made anew.
+    Sets of more than `MEMORY_LIMIT` bytes at full size, even if they are reduced, are cached in `~/.cache`, one
+    memory-mapped NPY file an image, which can be deleted at any time. It remembers size and time of its sources, so
+    what is missing or outdated is made anew.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
@@ -165,8 +166,8 @@ class Decoded:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_helpers"
         self.folder = cache / f"{config.data.name}-{config.data.longest_side or 'native'}"
         if self.samples and not self.samples[0].image.startswith("sample:"):
-            first = _read_cached(*self._place(0)) or decode(self.samples[0], config.data.longest_side)
-            self.cached = len(self) * sum(array.nbytes for array in first) > MEMORY_LIMIT
+            known = _read_cached(*self._place(0)) is not None
+            self.cached = known or len(self) * sum(part.nbytes for part in load_sample(self.samples[0])) > MEMORY_LIMIT
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -227,6 +227,18 @@ def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decoding
     assert decodings == []
 
 
+def test_large_sets_are_decoded_once_even_if_little_is_kept_of_them(cached, decodings, monkeypatch):
+    config, cache = cached
+    config.data.longest_side = 15
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)  # 2,400 bytes an image, 750 when reduced
+    samples = find_samples(config.data)
+    TrainingPatches(samples, config)
+    decodings.clear()
+    TrainingPatches(samples, config)
+    assert decodings == []
+    assert len(list(cache.with_name("folder-15").iterdir())) == 4
+
+
 def test_a_set_whose_first_image_is_small_is_cached_all_the_same(cached, monkeypatch):
     config, cache = cached
     samples = find_samples(config.data)
