@@ -119,7 +119,10 @@ def tiling(model: nn.Module, tile: int, spare: int = 0) -> tuple[int, int]:
 
 @torch.inference_mode()
 def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min_size: int) -> Iterator:
-    """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip."""
+    """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip.
+
+    Where the network takes the picture smaller, it is reduced first and predicted as a whole.
+    """
     model, data, small = run.model, run.config.data, None
     view, (height, width) = images.field_of_view(picture), picture.shape[:2]
     longest = max(height, width)
