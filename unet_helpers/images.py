@@ -92,8 +92,11 @@ def read_image(path: str | Path) -> np.ndarray:
     if picture.mode in DEEP_MODES:
         return _stretch(np.array(picture))
     with suppress(cv2.error):  # as for more than 2^20 pixels a side
-        is_deep = is_deep and orientation(path) == 1  # OpenCV does not turn pictures
         deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if is_deep else None
+        if deep is not None:  # OpenCV does not turn it: EXIF's 5 to 8 are transposed, then some are mirrored
+            turned = orientation(path)
+            deep = deep.swapaxes(0, 1) if turned >= 5 else deep
+            deep = deep[:: -1 if turned in (3, 4, 7, 8) else 1, :: -1 if turned in (2, 3, 6, 7) else 1]
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
             return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
     return np.array(picture.convert("RGB"))

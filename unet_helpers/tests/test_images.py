@@ -91,19 +91,22 @@ def test_exif_orientation_is_followed(tmp_path):
     np.testing.assert_array_equal(read_image(path), np.rot90(COLOUR, -1))
 
 
-def test_exif_orientation_is_followed_in_pictures_of_16_bits_too(tmp_path):
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_exif_orientation_is_followed_in_pictures_of_16_bits_too(tmp_path, turned):
     values = RNG.integers(0, 2**16, (6, 4, 3)).astype(np.uint16)
+    values[0, :2, 0] = 0, 2**16 - 1  # the whole range, as deep pictures are stretched to it
     cv2.imwrite(str(tmp_path / "deep.png"), values[..., ::-1])
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[0x0112] = turned
     chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
     plain = (tmp_path / "deep.png").read_bytes()
     start = 8 + 25  # behind the signature and IHDR
     framed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "turned.png").write_bytes(plain[:start] + framed + plain[start:])
     image = read_image(tmp_path / "turned.png")
-    image = image / 255 if image.dtype == np.uint8 else image
-    np.testing.assert_allclose(image, np.rot90(values, 2) / 65535, atol=0.01)
+    assert image.dtype == np.float32  # nothing of the 16 bits is lost
+    save(tmp_path / "shallow.png", (values >> 8).astype(np.uint8), exif=exif)
+    np.testing.assert_allclose(image, read_image(tmp_path / "shallow.png") / 255, atol=0.01)
 
 
 def test_whatever_is_not_a_picture_is_one_clear_line_with_its_name(tmp_path):

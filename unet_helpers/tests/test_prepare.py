@@ -195,6 +195,7 @@ def test_groups_of_the_source_survive_in_the_names(tmp_path):
     cars = {}
     for sample in samples:
         cars.setdefault(Path(sample.image).name[:4], set()).add(sample.split)
+    assert len(cars) == 10
     assert all(len(splits) == 1 for splits in cars.values())
 
 
