@@ -216,16 +216,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[args.command](args[args.command])
-    except (UserError, RunError, PermissionError) as error:
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, RunError, OSError) as error:  # of a path, say, that is too long or may not be read
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except (MemoryError, RuntimeError) as error:
         if not memory_is_full(error):
             raise
         print("error: the memory is full: use smaller images, patches or batches, or another device", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("error: interrupted (an unfinished training goes on with `train --resume RUN`)", file=sys.stderr)

@@ -60,11 +60,11 @@ class RandomPatch(A.DualTransform):
 
     def apply(self, img: np.ndarray, matrix, grid, interpolation=cv2.INTER_LINEAR, fill=0, **params: Any) -> np.ndarray:
         """Photograph to patch, linearly, 0 outside."""
-        # Only the window around the patch goes to OpenCV, which refuses images of more than 32767 pixels a side.
+        # Only the window around the patch goes to OpenCV, which refuses empty ones and sides of over 32767 pixels.
         height, width = self.size
         corners = matrix @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])
         margin = 2 + (0 if grid is None else math.ceil(1.5 * np.abs(grid).max()))
-        left, top = np.maximum(0, np.floor(corners.min(axis=1)).astype(int) - margin)
+        left, top = np.clip(np.floor(corners.min(axis=1)).astype(int) - margin, 0, np.array(img.shape[1::-1]) - 1)
         right, bottom = np.maximum(1, np.ceil(corners.max(axis=1)).astype(int) + margin)
         window = np.ascontiguousarray(img[top:bottom, left:right])
         matrix = matrix - [[0, 0, left], [0, 0, top]]

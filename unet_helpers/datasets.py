@@ -55,7 +55,7 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
             key = f"sample:{config.labels}:{config.sample_size}:{name.replace('_', ':')}"
             samples.append(Sample(name, key, key, None, name, split, meaning))
     else:
-        root = Path(config.root).expanduser()
+        root = Path(os.path.expanduser(config.root))
         if not (root.is_dir() or (config.name == "folder" and root.is_file())):
             raise UserError(f"{root}: no such folder: set data.root to the folder that holds the data")
         if config.name == "folder":
@@ -136,10 +136,7 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
             if sample.number is None and images.orientation(path) != images.orientation(sample.image):
                 problem += ", after one of them was turned as its EXIF data say"
             raise UserError(f"{path}: {problem}: make them of one size")
-    try:
-        mask = images.decode_mask(values, sample.meaning)
-    except UserError as error:
-        raise UserError(f"{sample.mask}: {error}") from error
+    mask = images.decode_mask(values, sample.meaning, sample.mask)
     if view is not None:
         mask[view == 0] = IGNORE
     return image, mask
@@ -163,7 +160,7 @@ class Decoded:
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
         self.samples, self.config, self.kept, self.cached = list(samples), config, {}, False
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_helpers"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "unet_helpers"
         self.folder = cache / f"{config.data.name}-{config.data.longest_side or 'native'}"
         if self.samples and not self.samples[0].image.startswith("sample:"):
             known = _read_cached(*self._place(0)) is not None

@@ -1,5 +1,6 @@
 """Score a network under one protocol: native size, 255 left out, counts pooled over all images, one threshold."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -91,44 +92,35 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         values["cldice"] = float("nan")
         reasons = {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
-        several = {
-            "classes": result.class_names,
-            "absent": absent,  # from the truth, and therefore left out of the means
-            "per_class": values["per_class"],
-            "per_class_dice_ci95": [list(scores.bootstrap_interval(one, scores.dice)) for one in counts.swapaxes(0, 1)],
-            "confusion": result.table.table.tolist(),
-        }
+        several = {"classes": result.class_names, "absent": absent, "per_class": values["per_class"]}
+        intervals = [list(scores.bootstrap_interval(one, scores.dice)) for one in counts.swapaxes(0, 1)]
+        several |= {"per_class_dice_ci95": intervals, "confusion": result.table.table.tolist()}
     per_image, groups = dice(counts), np.array(result.groups)
     names = sorted(set(result.groups)) if len(set(groups)) < len(groups) else []  # not where each is of one image
     pooled = {name: counts[groups == name].sum(0) for name in names}
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
-    return {
-        **{name: values[name] for name in (*order, "roc_auc", "pr_auc", "cldice")},
-        "threshold": threshold,
-        "dice_ci95": list(scores.bootstrap_interval(result.counts(), dice)),
-        "mean_image_dice": float(scores.defined_mean(per_image)),
-        "per_image_dice": dict(zip(result.names, per_image.tolist(), strict=True)),
-        "tta": flips,
-        "n_images": len(counts),
-        "n_pixels": values["total"],
-        **several,
-        "per_group": {name: {"dice": float(dice(c)), "iou": float(iou(c))} for name, c in pooled.items()},
-        "undefined": scores.undefined(values) | reasons,
-    }
+    summary = {name: values[name] for name in (*order, "roc_auc", "pr_auc", "cldice")} | {"threshold": threshold}
+    summary |= {"dice_ci95": list(scores.bootstrap_interval(result.counts(), dice))}
+    summary |= {"mean_image_dice": float(scores.defined_mean(per_image))}
+    summary |= {"per_image_dice": dict(zip(result.names, per_image.tolist(), strict=True))}
+    summary |= {"tta": flips, "n_images": len(counts), "n_pixels": values["total"]} | several
+    summary |= {"per_group": {name: {"dice": float(dice(c)), "iou": float(iou(c))} for name, c in pooled.items()}}
+    return summary | {"undefined": scores.undefined(values) | reasons}
 
 
 def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save: bool = False, **options) -> dict:
     """Score a run, given by its folder, on one split of a data set, by default the one it was trained on.
 
     The `options` `flips` (by default True), `min_size` (0) and `device` are those of `predict`. `save` also writes the
-    scores into the run's `metrics.json`, under the split's name (after that of another data set), and counts the
-    reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does. `UserError` as in `score_run`.
+    scores into the run's `metrics.json`, under the split's name (after that of another data set or folder), and counts
+    the reading; on `val` it chooses an ensemble's threshold. Returns what `summarise` does; `UserError` as `score_run`.
     """
     opened, result = score_run(run, data, split, choose=save and split == "val", **options)
     summary = summarise(result, opened.threshold, find_views(opened.config, options.get("flips", True)))
     summary["min_size"] = options.get("min_size", 0)
     if save:
-        key = f"{data.name}_{split}" if data and data.name != opened.config.data.name else split
+        other = Path(data.root).resolve().name if data and data.name == "folder" else data and data.name
+        key = f"{other}_{split}" if data and not same_images(data, opened.config.data) else split
         reads = opened.metrics.get("reads", {})
         opened.metrics |= {key: summary, "reads": reads | {key: reads.get(key, 0) + 1}}
         write_json(opened.path / "metrics.json", opened.metrics)
@@ -147,20 +139,26 @@ def score_run(
     run: Path | str, data: DataConfig | None, split: str, flips=True, device: str = "auto", min_size=0, choose=False
 ) -> tuple[Run, Evaluation]:
     """Open a run and count on one split; of an ensemble, `choose` the threshold there. `UserError` if they cannot be
-    used, or if a run of the ensemble was trained on an image of the split, which would make it the others' judge.
+    used, or if the run, or one of the ensemble's, was trained on an image of the split.
     """
     opened, target = load_run(run), find_device(device)
     own, joined = opened.config.data, "runs" in opened.metrics
     here = replace(data or own, normalisation=own.normalisation, longest_side=own.longest_side)  # as in its training
     config = replace(opened.config, data=here)
     images = WholeImages(samples_of(config, split), config)
-    known = {sample.name for sample in images.samples} & set(opened.metrics["training_images"] if joined else [])
-    if known and split != "train" and here.name == own.name and (here.root == own.root or here.name != "folder"):
-        raise UserError(f"{run}: a run of this ensemble was trained on {min(known)}, which is in the split {split}.")
+    known = {sample.name for sample in images.samples} & set(opened.metrics.get("training_images", []))
+    if known and split != "train" and same_images(here, own):
+        raise UserError(f"{run}: was trained on {min(known)}, which is in the split {split}: its score would mislead.")
     model = opened.model.to(target, memory_format=torch.channels_last)
-    if choose and joined and config.model.num_classes == 1:
+    if choose and joined and config.model.num_classes == 1 and same_images(here, own):
         opened.metrics["threshold"] = choose_threshold(model, images, target, flips)
     return opened, score_images(model, images, config.model.num_classes, target, opened.threshold, flips, min_size)
+
+
+def same_images(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two configurations are of the same data set, and, of folders, of the same one."""
+    folders = {os.path.realpath(os.path.expanduser(data.root)) for data in (one, other)}
+    return one.name == other.name and (one.name != "folder" or len(folders) == 1)
 
 
 def samples_of(config: Config, split: str) -> list:

@@ -50,10 +50,10 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong is sai
 
 def list_images(folder: str | Path) -> list[Path]:
     """The pictures in a folder, not below it, sorted, without hidden ones; `UserError` if there are none."""
-    folder, endings = Path(folder), Image.registered_extensions()
+    folder, form_of, readable = Path(folder), Image.registered_extensions(), {*FORMATS, "MPO"}
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files = [path for path in folder.iterdir() if path.suffix.lower() in endings and not path.name.startswith(".")]
+    files = [path for path in folder.iterdir() if form_of.get(path.suffix.lower()) in readable and path.name[0] != "."]
     if paths := sorted(path for path in files if path.is_file()):
         return paths
     raise UserError(f"{folder}: no pictures in this folder: put some there, or name another folder")
@@ -93,8 +93,7 @@ def read_image(path: str | Path) -> np.ndarray:
         return _stretch(np.array(picture))
     with suppress(cv2.error):  # as for more than 2^20 pixels a side
         deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if is_deep else None
-        if deep is not None:  # OpenCV does not turn it: EXIF's 5 to 8 are transposed, then some are mirrored
-            turned = orientation(path)
+        if deep is not None and (turned := orientation(path)) > 1:  # 5 to 8 are transposed, then some are mirrored
             deep = deep.swapaxes(0, 1) if turned >= 5 else deep
             deep = deep[:: -1 if turned in (3, 4, 7, 8) else 1, :: -1 if turned in (2, 3, 6, 7) else 1]
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
@@ -145,6 +144,7 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and `InColours` for true colours without `colours`.
     """
     picture, form, is_deep = _open(path)
+    form = "JPEG" if picture.info.get("compression") == "jpeg" else form  # inside a TIFF
     if form in ("JPEG", "MPO", "JPEG2000"):
         raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
     if is_deep or (colours and picture.mode in DEEP_MODES):
@@ -226,22 +226,22 @@ def find_palette(masks: Iterable[Path]) -> Colours:
     return Colours({colour: n for n, colour in enumerate(sorted(pixels, key=lambda one: (one != first, one)))})
 
 
-def decode_mask(values: np.ndarray, meaning: Meaning) -> np.ndarray:
+def decode_mask(values: np.ndarray, meaning: Meaning, path: str | Path = "mask") -> np.ndarray:
     """Turn numbers (H, W) from a file into a mask, uint8 (H, W) of class indices with 255 for "ignore".
 
-    With `binary` all but 0 becomes 1; a dictionary gives each value's class. `UserError` if it does not, or above 255.
+    With `binary` all but 0 becomes 1; a dictionary gives each class. `UserError`, by `path`, if not, or above 255.
     """
     if isinstance(meaning, dict):
         known, classes = np.array(sorted(meaning.items())).T
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
         if (wrong := values[known[place] != values]).size:
             value = f"the colour #{wrong[0]:06x}" if isinstance(meaning, Colours) else f"the label {wrong[0]}"
-            raise UserError(f"holds {value}, which is no class of this data set: mend the mask, or get it again")
+            raise UserError(f"{path}: holds {value}, which is no class of this data set: mend it, or get it again")
         return classes[place].astype(np.uint8)
     if meaning == "binary":
         return (values != 0).astype(np.uint8)
     if values.max(initial=0) > IGNORE:
-        raise UserError(f"mask value {values.max()} is too large: class indices go from 0 to 254, and 255 means ignore")
+        raise UserError(f"{path}: holds {values.max()}: class indices go from 0 to 254, and 255 means ignore")
     return values.astype(np.uint8)
 
 

@@ -310,4 +310,5 @@ def find_truths(inputs: list[Path], truth: Path | str, meaning="auto") -> dict[P
     masks = pair_by_name(inputs, images.list_images(truth)) if truth.is_dir() else {inputs[0]: truth}
     meaning = find_meaning(list(masks.values()), meaning)
     coloured = isinstance(meaning, images.Colours)
-    return {path: images.decode_mask(images.read_mask_values(mask, coloured), meaning) for path, mask in masks.items()}
+    read = {path: images.read_mask_values(mask, coloured) for path, mask in masks.items()}
+    return {path: images.decode_mask(values, meaning, masks[path]) for path, values in read.items()}

@@ -42,7 +42,7 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
     file and what is wrong with it, or says what to download where.
     """
     check_config(Config(data=config))
-    root, output = Path(config.root).expanduser(), Path(output)
+    root, output = Path(os.path.expanduser(config.root)), Path(output)
     if config.name == "drive" and download and not find_drive(root):
         _download_drive(root)
     if config.name not in ("sample", "folder", "drive") and not root.is_dir():

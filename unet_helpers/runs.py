@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unet_helpers import catalogue, plots
-from unet_helpers.config import SECTIONS, Config, UserError, dump_config, load_config, one_line, to_dict
+from unet_helpers.config import SECTIONS, Config, RunError, UserError, dump_config, load_config, one_line, to_dict
 from unet_helpers.model import Ensemble, build_model
 from unet_helpers.system import make_folder, read_tensors, without_nan, write_table, write_tensors, write_whole
 
@@ -130,6 +130,7 @@ class Progress:
 
     epoch: int = 0  # finished epochs
     best_epoch: int = 0  # the one with the highest validation Dice so far, whose weights are `model.safetensors`
+    images: list[list[str]] = field(default_factory=list)  # names of those trained on, and of those that validate
     history: list[dict] = field(default_factory=list)  # a row of `COLUMNS` for the untrained network and each epoch
 
     def record(self, step: int, rate: float, loss: float | None, speed: float | None, seconds: float, scores: dict):
@@ -177,11 +178,15 @@ def result_settings(config: Config) -> dict:
     free = {"data.root", "training.workers", "training.device", "training.tensorboard", "training.keep_every_epoch"}
     sections = to_dict(config)
     flat = {f"{section}.{name}": value for section in SECTIONS for name, value in sections[section].items()}
+    for name in ("model.weights", "model.encoder_weights"):  # files by their last folder: a study may be moved
+        flat[name] = flat[name] and "/".join(Path(flat[name]).parts[-2:])
     return {"seed": config.seed} | {key: value for key, value in flat.items() if key not in free}
 
 
 def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module, average, optimiser, scaler) -> None:
     """Write the epoch's weights if they are the best, then the checkpoint: what that claims to exist does exist."""
+    if (run / "metrics.json").exists():
+        raise RunError(f"{run}: has been finished by another process, so this one ends; its files stay as they are.")
     best = average.module.state_dict()
     if progress.best_epoch == progress.epoch:
         write_tensors(run / "model.safetensors", best, {"epoch": str(progress.epoch)})

@@ -124,8 +124,12 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                     print(f"{arm.name}: not run here: {error}")
                     break
                 row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
-                rows = sorted([*rows, row], key=lambda row: (list(arms).index(row["arm"]), row["seed"]))
-                write_rows(study, rows)
+                # Read again: another process may train other arms. Rows of other grids stay, though they do not count.
+                kept = [one for one in read_rows(study) if any(one[k] != row[k] for k in ("arm", "seed", "settings"))]
+                order = {name: place for place, name in enumerate(arms)}
+                kept = sorted([*kept, row], key=lambda row: (order.get(row["arm"], len(arms)), row["seed"]))
+                write_rows(study, kept)
+                rows = read_rows(study, arms)
     system.write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
     return rows
 
@@ -165,8 +169,8 @@ def score_of(counts: np.ndarray) -> Score:
     return dice if counts.ndim == 2 else mean_dice
 
 
-def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
-    """The rows of `rows.csv` that belong to the grid as it is now; `UserError` if the file is damaged."""
+def read_rows(study: Path, arms: dict[str, Arm] | None = None) -> list[dict]:
+    """The rows of `rows.csv`, or those that belong to these arms as they are now; `UserError` if it is damaged."""
     path = Path(study) / "rows.csv"
     if not path.exists():
         return []
@@ -174,12 +178,14 @@ def read_rows(study: Path, arms: dict[str, Arm]) -> list[dict]:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         rows = [{k: v if k in TEXT else json.loads(v) for k, v in row.items() if k in COLUMNS} for row in rows]
+        if arms is None:
+            return rows
         known = [row for row in rows if row["arm"] in arms]
         wanted = [settings_of(arms, arms[row["arm"]], row["seed"]) for row in known]
         known = [row for row, now in zip(known, wanted, strict=True) if complete(row["settings"]) == now]
         for arm in {row["arm"] for row in known}:
             own = [row for row in known if row["arm"] == arm]
-            counts, sound = counts_of(own), all(0 <= row["val_dice"] <= 1 for row in own)
+            counts, sound = counts_of(own), not any(row["val_dice"] < 0 or row["val_dice"] > 1 for row in own)
             if not sound or counts.dtype.kind != "i" or counts.shape[-1] != 4:
                 raise ValueError(f"Dice or counts of {arm} are no such numbers")
         return known
@@ -211,7 +217,7 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
         if len(own) > 1:
             counts = counts_of(own.values())
             interval = bootstrap_interval(counts, score_of(counts[0]))
-            entry["deviation"] = statistics.stdev(dices)
+            entry["deviation"] = float(np.std(dices, ddof=1))
             entry["low"], entry["high"] = widened(entry["mean"], *interval, len(own))
         common = sorted(own.keys() & base.keys()) if name != baseline else []
         if len(common) > 1 and all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common):

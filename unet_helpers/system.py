@@ -165,7 +165,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The place to write a file of any size, which becomes `path` at the end and is gone if that fails; see above."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -10,7 +10,9 @@ import math
 import platform
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
     progress = load_state(run, network, average, optimiser, accelerator.scaler) if resume else Progress()
+    names = [patches.names, [sample.name for sample in validation.samples]]
+    if progress.images not in ([], names):
+        raise UserError(f"{run}: cannot be resumed, as its images are no longer those it began with; start a new run.")
+    progress.images = names
 
     steps = settings.steps_per_epoch or math.ceil(len(patches) / settings.batch_size)
     total, process = steps * settings.epochs, accelerator.process_index
@@ -160,9 +166,10 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         state.AcceleratorState._reset_state(reset_partial_state=True)
+    # Some encoders have layers that the decoder does not use; and all wait for the process that scores at the end.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")
     return Accelerator(
-        # Some encoders have layers that the decoder does not use; our own network has none.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.model.architecture != "unet")],
+        kwargs_handlers=[unused, utils.InitProcessGroupKwargs(timeout=timedelta(days=1))],
         cpu=device.type == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         log_with="tensorboard" if run and config.training.tensorboard else None,
@@ -209,11 +216,11 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / max(total - rise, 1)))
 
 
-def shared_batches(start: int, stop: int, batch_size: int, process: int, processes: int) -> list[range]:
+def shared_batches(start: int, stop: int, batch_size: int, process: int, processes: int) -> Iterator[range]:
     """The patches that a process takes of each batch, which in step s is from s·B to s·B + B - 1, `stop` left out."""
     share = batch_size // processes
     firsts = (step * batch_size + process * share for step in range(start, stop))
-    return [range(first, first + share) for first in firsts]
+    return (range(first, first + share) for first in firsts)
 
 
 def ignore_interrupt(worker: int) -> None:

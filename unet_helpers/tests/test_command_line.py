@@ -167,6 +167,10 @@ def wrong_inputs(tmp_path, folder, run):
             return ["prepare", "folder", "--data-root", str(folder), "--output", str(tmp_path / "taken")], "taken"
         if name == "image to predict is missing":
             return ["predict", str(run), "nowhere.png", "--output", str(tmp_path / "new")], "nowhere.png"
+        if name == "home of nobody":
+            return ["prepare", "folder", "--data-root", "~nobody.of.this.name/x"], "nobody.of.this.name"
+        if name == "name too long":
+            return ["predict", str(run), "x" * 300, "--output", str(tmp_path / "new")], "xxx"
         if name == "no command":
             return [], "command"
         if name == "unknown command":
@@ -183,7 +187,7 @@ def wrong_inputs(tmp_path, folder, run):
         "truncated TIFF", "text named .png", "empty folder", "misspelt key", "wrong type", "file that is no YAML",
         "missing settings file", "misspelt flag", "negative learning rate", "no GPU", "weights that do not fit",
         "weights cut short", "run without metrics", "output is a file", "output below a file", "prepare into a file",
-        "image to predict is missing", "no command", "unknown command",
+        "image to predict is missing", "no command", "unknown command", "home of nobody", "name too long",
     ],
 )  # fmt: skip
 def test_wrong_input_ends_in_one_line_and_exit_code_2(name, tmp_path, folder, trained_run, capsys, monkeypatch):

@@ -165,7 +165,7 @@ def test_a_run_compared_with_itself_is_not_better(trained_run):
     assert not result["better"]
 
 
-def test_a_trained_run_is_better_than_an_untrained_one(trained_run, small_config, tmp_path):
+def test_two_runs_differ_by_the_difference_of_their_scores(trained_run, small_config, tmp_path):
     small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=1, learning_rate=1e-9)
     train(small_config, tmp_path / "untrained", quiet=True)
     a, b = evaluate(trained_run)["dice"], evaluate(tmp_path / "untrained")["dice"]
@@ -205,8 +205,31 @@ def test_scores_on_another_data_set_do_not_replace_those_of_the_runs_own(trained
     evaluate(run, DataConfig(name="folder", root=str(folder)), "test", save=True)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"] == own
-    assert metrics["folder_test"]["n_images"] == 3
-    assert metrics["reads"] == {"test": 1, "folder_test": 1}
+    assert metrics["set_test"]["n_images"] == 3
+    assert metrics["reads"] == {"test": 1, "set_test": 1}
+
+
+def test_scores_on_another_folder_do_not_replace_those_of_the_one_trained_on(folder, small_config, tmp_path):
+    small_config.data = DataConfig(name="folder", root=str(folder), val_share=0.25)
+    train(small_config, tmp_path / "run", quiet=True)
+    shutil.copytree(folder, tmp_path / "other")
+    for root in (folder, tmp_path / "other", folder / ".." / "set"):  # the last one is the first
+        evaluate(tmp_path / "run", replace(small_config.data, root=str(root)), save=True)
+    assert load_run(tmp_path / "run").metrics["reads"] == {"test": 2, "other_test": 1}
+
+
+def test_a_run_is_no_judge_of_images_that_it_was_trained_on(folder, small_config, tmp_path):
+    """As DRIVE's four validation images for a run with another `split_seed`, and a folder that has grown."""
+    small_config.data = DataConfig(name="folder", root=str(folder), folds=2)
+    train(small_config, tmp_path / "run", quiet=True)
+    assert evaluate(tmp_path / "run", split="val")["n_images"] == 2
+    assert evaluate(tmp_path / "run", split="train")["n_images"] == 2
+    other = replace(small_config.data, fold=1)
+    for root in (str(folder), f"{folder}/../set"):
+        with pytest.raises(UserError, match=r"run: was trained on train/eye\d, which is in the split val"):
+            compare(tmp_path / "run", tmp_path / "run", replace(other, root=root), "val")
+    shutil.copytree(folder, tmp_path / "other")
+    assert evaluate(tmp_path / "run", replace(other, root=str(tmp_path / "other")), "val")["n_images"] == 2
 
 
 def test_scores_are_counted_at_native_size(trained_run, folder, tmp_path):

@@ -177,6 +177,9 @@ def test_black_and_white_gif_is_read_by_colour_because_its_indices_mean_nothing(
 def test_jpeg_and_coloured_masks_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"m\.jpg.*JPEG.*PNG"):
         read_mask_values(save(tmp_path / "m.jpg", MASK * 255))
+    Image.fromarray(np.kron(MASK, np.ones((16, 16), np.uint8)) * 255).save(tmp_path / "j.tif", compression="jpeg")
+    with pytest.raises(UserError, match=r"j\.tif.*JPEG.*PNG"):
+        read_mask_values(tmp_path / "j.tif")
     with pytest.raises(UserError, match=r"c\.png.*colours"):
         read_mask_values(save(tmp_path / "c.png", COLOUR))
     with pytest.raises(UserError, match="whole numbers"):
@@ -281,9 +284,9 @@ def test_constant_images_and_empty_views_stay_finite(view):
 
 
 def test_listing_a_folder(tmp_path):
-    for name in ("b.PNG", "a.jpeg", ".hidden.png", "notes.txt"):
+    for name in ("b.PNG", "a.jpeg", "c.mpo", ".hidden.png", "notes.txt", "paper.pdf", "drawing.eps"):
         (tmp_path / name).touch()
-    assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG"]
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG", "c.mpo"]
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(UserError, match=folder):

@@ -215,6 +215,14 @@ def test_ground_truth_is_read_as_the_data_the_run_was_trained_on(tmp_path):
     assert find_truths(images, tmp_path / "a.png", "classes")[images[0]].tolist() == [[0, 255]]
 
 
+def test_ground_truth_of_no_class_is_named(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.array([[0, 700]], np.uint16)).save(path)
+    for meaning in ({0: 0, 1: 1}, "classes"):
+        with pytest.raises(UserError, match=r"a\.png: holds .*700"):
+            find_truths([path], path, meaning)
+
+
 def test_ground_truth_in_the_form_of_a_public_set(tmp_path):
     """RITE's colours, and CamVid's labels of which 11 is void: as the data set itself reads them."""
     Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)).save(tmp_path / "a.png")
@@ -290,7 +298,7 @@ def test_specks_are_removed_by_size():
     np.testing.assert_array_equal(cleaned, expected)
     assert (drop_specks(torch.from_numpy(said), 0.5, 16).numpy() < 0.5).all()
     assert (drop_specks(torch.full((3, 4), 0.9), 0.5, 13) == 0).all()  # nothing but a speck
-    assert drop_specks(torch.from_numpy(said), 0.5, 0).numpy() is not None
+    np.testing.assert_array_equal(drop_specks(torch.from_numpy(said), 0.5, 0), said)
 
 
 def test_a_speck_of_several_classes_takes_the_class_around_it():

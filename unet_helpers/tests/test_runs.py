@@ -6,16 +6,18 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unet_helpers import runs
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import UserError
+from unet_helpers.config import DataConfig, UserError
 from unet_helpers.datasets import WholeImages
 from unet_helpers.evaluation import choose_threshold, evaluate, samples_of
 from unet_helpers.model import build_model
 from unet_helpers.prediction import predict_probabilities
 from unet_helpers.runs import COLUMNS, Progress, export, load_run, read_history
+from unet_helpers.sample_data import make_retina
 from unet_helpers.system import read_tensors, write_tensors
 
 
@@ -147,13 +149,20 @@ def test_an_ensemble_averages_probabilities_and_thresholds(ensemble):
     assert joined.model.view_diameter == single[0].model.view_diameter > 0
 
 
-def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemble, trained_run):
+def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemble, trained_run, tmp_path):
     metrics = json.loads((ensemble / "a" / "metrics.json").read_text())
     (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics | {"training_images": ["val_000"]}))
     with pytest.raises(UserError, match="trained on"):
         evaluate(ensemble, split="val")
     (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics))
     before = load_run(ensemble).threshold
+    for number in range(4):
+        retina = make_retina(number, 64)
+        for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+            (tmp_path / "other" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "other" / kind / f"{number}.png")
+    evaluate(ensemble, DataConfig(name="folder", root=str(tmp_path / "other")), split="val", save=True)
+    assert load_run(ensemble).threshold == before  # for other eyes it is not chosen anew
     scores = evaluate(ensemble, split="val", save=True)
     opened = load_run(ensemble)
     assert opened.threshold == scores["threshold"] != before

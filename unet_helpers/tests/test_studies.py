@@ -120,6 +120,40 @@ def test_another_grid_makes_the_rows_of_changed_arms_anew(study, small_config):
     assert {path.name for path in (study / "runs").iterdir()} == {"wide-0", "wide-1"}
 
 
+def test_rows_of_other_grids_and_of_other_processes_stay_in_the_file(study, small_config, monkeypatch):
+    run_study(study, ["wide"], quiet=True)
+    before = format_study(table_of(study))
+    write_grid(study, small_config, arms={"plain": {"seeds": 1}})
+    rows = run_study(study, quiet=True)
+    assert [row["arm"] for row in rows] == ["plain"]
+    write_grid(study, small_config)
+    assert format_study(table_of(study)).splitlines()[2] == before.splitlines()[2]
+    real, other = studies.score_arm, {"arm": "wide", "seed": 7, "settings": {}}
+
+    def meanwhile(run):
+        studies.write_rows(study, [*studies.read_rows(study), rows[0] | other])
+        return real(run)
+
+    monkeypatch.setattr(studies, "score_arm", meanwhile)
+    run_study(study, ["plain"], quiet=True)
+    found = [(row["arm"], row["seed"]) for row in studies.read_rows(study)]
+    assert found == [("plain", 0), ("plain", 1), ("wide", 0), ("wide", 1), ("wide", 7)]
+
+
+def test_a_study_that_was_moved_goes_on(study, monkeypatch):
+    run_study(study, ["again"], quiet=True)
+    for name in ("rows.csv", "runs/again-1/metrics.json"):
+        (study / name).unlink()
+    shutil.move(study, study.parent / "moved")
+    assert [row["arm"] for row in run_study(study.parent / "moved", ["again"], quiet=True)] == ["again"]
+
+
+def test_a_study_in_which_there_is_nothing_to_find_can_be_opened_again(study):
+    rows = run_study(study, ["plain"], quiet=True)
+    studies.write_rows(study, [row | {"val_dice": math.nan} for row in rows])
+    assert "nan" in format_study(table_of(study))
+
+
 def test_a_run_that_was_killed_goes_on(study, monkeypatch):
     real = studies.train
 

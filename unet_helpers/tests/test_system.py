@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,6 +145,14 @@ def test_precision_follows_what_the_hardware_computes_in(monkeypatch):
 def test_text_that_is_no_utf8_is_written_all_the_same(tmp_path):
     write_json(tmp_path / "a.json", {"name": "\udce9il1"})
     assert "udce9il1" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(UserError, match="cannot be written"):
+            system.write_whole(path, "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_real_error_is_told_when_even_the_name_is_impossible(tmp_path):

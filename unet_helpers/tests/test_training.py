@@ -22,6 +22,7 @@ from unet_helpers import training
 from unet_helpers.config import AugmentationConfig, DataConfig, ModelConfig, RunError, UserError, dump_config
 from unet_helpers.model import build_model
 from unet_helpers.runs import PUBLISHED, load_run, load_state, read_history
+from unet_helpers.sample_data import make_retina
 from unet_helpers.training import learning_rate, shared_batches, train
 
 WEIGHTS = "model.safetensors"
@@ -294,6 +295,46 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(trained_run, sma
         train(small_config, tmp_path / "new", quiet=True)
 
 
+def test_a_run_is_not_resumed_on_other_images(small_config, tmp_path):
+    for number in range(6):
+        retina = make_retina(number, 64)
+        for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "data" / kind / f"eye{number}.png")
+    small_config.data = DataConfig(name="folder", root=str(tmp_path / "data"))
+    train(small_config, tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "metrics.json").unlink()  # as if killed at the very end
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    small_config.data.root = str(tmp_path / "moved")
+    train(small_config, tmp_path / "again", resume=True, quiet=True)
+    for kind in ("images", "masks"):
+        (tmp_path / "moved" / kind / "eye0.png").rename(tmp_path / "moved" / kind / "eye9.png")
+    with pytest.raises(UserError, match="run: cannot be resumed, as its images are no longer those"):
+        train(small_config, tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_run_that_another_process_has_finished_stays_as_it_is(small_config, trained_run, tmp_path, monkeypatch):
+    real, run = training.train_step, tmp_path / "run"
+
+    def overtaken(*arguments):
+        if not (run / "metrics.json").exists():
+            for name in ("metrics.json", "model.safetensors"):
+                shutil.copy(trained_run / name, run)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "train_step", overtaken)
+    with pytest.raises(RunError, match="finished by another process"):
+        train(small_config, run, quiet=True)
+    assert same(run / WEIGHTS, trained_run / WEIGHTS)
+
+
+def test_a_budget_of_any_size_takes_no_memory():
+    batches = shared_batches(0, 10**6, 8, 1, 2)
+    assert sys.getsizeof(batches) < 10_000
+    assert next(iter(batches)) == range(4, 8)
+
+
 def test_a_damaged_checkpoint_is_not_resumed_from(trained_run, small_config, tmp_path):
     for file in ("config.yaml", LAST):
         (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +361,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_zero():
 
 
 def test_processes_share_each_batch_without_overlap():
-    shares = [shared_batches(2, 5, 6, process, 3) for process in range(3)]
+    shares = [list(shared_batches(2, 5, 6, process, 3)) for process in range(3)]
     for step in range(3):
         together = [number for share in shares for number in share[step]]
         assert together == list(range((2 + step) * 6, (3 + step) * 6))
