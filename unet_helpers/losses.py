@@ -69,12 +69,14 @@ class SegmentationLoss(nn.Module):
     """
 
     def __init__(self, num_classes: int, dice_weight=0.5, class_weights: Sequence[float] | None = None):
-        """Raises `UserError` for num_classes outside 1..255 and for a negative weight."""
+        """Raises `UserError` for num_classes outside 1..255, dice_weight below 0, or not as many class weights."""
         super().__init__()
         need(1 <= num_classes <= IGNORE, "num_classes", num_classes, f"1 (binary) to {IGNORE}, which means ignore")
         need(0 <= dice_weight < math.inf, "dice_weight", dice_weight, "0 or more")
+        given, wanted = class_weights, max(2, num_classes)
+        need(given is None or len(given) == wanted, "class_weights", given, f"{wanted} numbers")
         self.num_classes, self.dice_weight = num_classes, dice_weight
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.class_weights = None if given is None else torch.tensor(given, dtype=torch.float32)
 
     def forward(self, logits: Tensor, target: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """The loss of the batch, a scalar; with `reduce`, of all processes' batches, its gradient what DDP averages.

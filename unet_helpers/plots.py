@@ -136,9 +136,9 @@ def plot_arms(table: list[dict], baseline: str) -> Figure:
     figure = Figure(figsize=(8, 1 + 0.35 * len(table)), layout="constrained")
     axes = figure.subplots()
     for place, entry in enumerate(table):
-        axes.plot(entry["dices"], [place] * len(entry["dices"]), "o", color=GREY, markersize=4, alpha=0.6)
         axes.plot([entry["low"], entry["high"]], [place] * 2, color=BLUE, linewidth=2)
         axes.plot(entry["mean"], place, "D", color=BLUE, markersize=6)
+        axes.plot(entry["dices"], [place] * len(entry["dices"]), "o", color="black", mfc="white", markersize=4)
         if entry["arm"] == baseline:
             axes.axvline(entry["mean"], color=ORANGE, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(table)), [entry["arm"] for entry in table], parse_math=False)

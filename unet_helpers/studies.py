@@ -126,9 +126,7 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
                 row = score_arm(run) | {"arm": arm.name, "seed": seed, "settings": settings_of(arms, arm, seed)}
                 # Read again: another process may train other arms. Rows of other grids stay, though they do not count.
                 kept = [one for one in read_rows(study) if any(one[k] != row[k] for k in ("arm", "seed", "settings"))]
-                order = {name: place for place, name in enumerate(arms)}
-                kept = sorted([*kept, row], key=lambda row: (order.get(row["arm"], len(arms)), row["seed"]))
-                write_rows(study, kept)
+                write_rows(study, sorted([*kept, row], key=lambda r: ([*arms, r["arm"]].index(r["arm"]), r["seed"])))
                 rows = read_rows(study, arms)
     system.write_whole(study / "arms.png", to_png(plot_arms(summarise_study(rows, arms, baseline), baseline)))
     return rows

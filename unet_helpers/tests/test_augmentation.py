@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -117,6 +118,62 @@ def test_flips_happen_independently_of_each_other():
         assert 0.1 < kinds.count(kind) / len(kinds) < 0.4
 
 
+def test_horizontal_flips_never_turn_a_picture_upside_down():
+    ramp = np.arange(64, dtype=np.uint8)
+    image = np.dstack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.zeros((64, 64), np.uint8)])
+    augment = make_augmentation(dataclasses.replace(PLAIN, flips="horizontal", patch_size=8))
+    patches = [augment(image, image[..., 2], np.ones((64, 64), bool), seed) for seed in range(100)]
+    whole = [patch.astype(int) for patch, _, view in patches if view.all()]
+    assert all(patch[1, 0, 1] > patch[0, 0, 1] for patch in whole)
+    assert {bool(patch[0, 1, 0] > patch[0, 0, 0]) for patch in whole} == {True, False}
+
+
+def test_angles_are_degrees_and_reach_their_limit():
+    """The direction in which a ramp rises; magnification does not change it."""
+    image = np.tile(np.linspace(0, 1, 200, dtype=np.float32), (200, 1))[..., None].repeat(3, 2)
+    mask = np.zeros((200, 200), np.uint8)
+    augment = make_augmentation(dataclasses.replace(PLAIN, rotation=10, scale=(0.8, 1.2)))
+    angles = []
+    for seed in range(60):
+        patch, _, view = augment(image, mask, everything(mask), seed)
+        if view.all():
+            down, across = (slope.mean() for slope in np.gradient(patch[..., 0].astype(float)))
+            angles.append(abs(np.degrees(np.arctan2(down, across))))
+    assert 7 < max(angles) < 10.1
+
+
+def test_noise_and_gamma_are_as_strong_as_they_say_at_most():
+    flat = np.full((40, 40, 3), 128, np.uint8)
+    noisy = make_augmentation(dataclasses.replace(PLAIN, patch_size=30, noise=0.02))
+    patches = [noisy(flat, flat[..., 0], everything(flat[..., 0]), seed) for seed in range(60)]
+    deviations = [patch[view].astype(float).std() / 255 for patch, _, view in patches if view.sum() > 100]
+    assert 0.015 < max(deviations) < 0.022
+    assert min(deviations) < 0.006
+    curved = make_augmentation(dataclasses.replace(PLAIN, patch_size=1, gamma=0.2))
+    values = [curved(flat // 2, flat[..., 0], everything(flat[..., 0]), seed)[0].mean() for seed in range(60)]
+    assert 255 * (64 / 255) ** 1.2 - 1 <= min(values) < 52
+    assert 80 < max(values) <= 255 * (64 / 255) ** 0.8 + 1
+
+
+def test_what_gets_too_dark_or_too_bright_stays_black_or_white():
+    dark, bright = np.full((9, 9, 3), 5, np.uint8), np.full((9, 9, 3), 250, np.uint8)
+    augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=1, brightness=0.1, contrast=0.2))
+    values = [[augment(one, one[..., 0], everything(one[..., 0]), n)[0] for n in range(60)] for one in (dark, bright)]
+    assert np.max(values[0]) < 40
+    assert np.min(values[1]) > 170
+
+
+def test_an_elastic_deformation_moves_pixels_by_some_ten_of_512(monkeypatch):
+    """Ronneberger et al. 2015: displacements on a coarse grid with a standard deviation of 10 pixels."""
+    ramp = np.tile(np.arange(0, 256, 0.5).astype(np.float32) / 256, (512, 1))[..., None].repeat(3, 2)
+    augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=512, elastic=1.0))
+    mask, moved = np.zeros((512, 512), np.uint8), []
+    for seed in range(12):
+        patch, _, view = augment(ramp, mask, everything(mask), seed)
+        moved.append(512 * (patch[..., 0] - ramp[..., 0])[view].std())
+    assert 3 < np.mean(moved) < 12
+
+
 def test_the_edge_of_the_image_is_seen_half_as_often_as_its_middle():
     mask = np.arange(100, dtype=np.uint8)[None].repeat(100, axis=0)  # each pixel holds its column
     augment = make_augmentation(PLAIN)
@@ -202,5 +259,7 @@ def test_importing_and_building_says_nothing_and_asks_no_server():
         "from unet_helpers.augmentation import make_augmentation; from unet_helpers.config import AugmentationConfig\n"
         "make_augmentation(AugmentationConfig(gamma=0.2, elastic=0.3))"
     )
-    result = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-W", "always", "-c", code]
+    plain = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
     assert "lbumentations" not in result.stdout + result.stderr

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,6 +280,50 @@ def test_a_home_folder_behind_an_equals_sign_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse(["predict", "run", "a.png", "--output=~/x"])
     assert args.predict.output == str(tmp_path / "x")
+
+
+EVALUATE, PREDICT = "evaluation.evaluate", "prediction.predict"
+FLAGS = [
+    (EVALUATE, "", {"save": False, "split": "test", "flips": True, "min_size": 0}),
+    (EVALUATE, "--save --split val", {"save": True, "split": "val"}),
+    (EVALUATE, "--no-flips --device cpu", {"flips": False, "device": "cpu"}),
+    (EVALUATE, "--rotations --min-size 7", {"flips": "rotations", "min_size": 7}),
+    (PREDICT, "a.png", {"gif": False, "max_pixels": None, "truth": None, "min_size": 0}),
+    (PREDICT, "a.png --gif --max-pixels 99", {"gif": True, "max_pixels": 99}),
+    (PREDICT, "a.png --truth m --min-size 7", {"truth": "m", "min_size": 7}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "expected"), FLAGS)
+def test_flags_reach_what_does_the_work(name, arguments, expected, trained_run, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(f"unet_helpers.{name}", lambda *a, **options: calls.append((a, options)) or {})
+    assert main([name.split(".")[1], str(trained_run), *arguments.split()]) == 0
+    ((positional, options),) = calls
+    assert expected.items() <= options.items()
+    if name == PREDICT:
+        assert str(positional[2]) == str(Path("predictions") / trained_run.name)
+
+
+def test_another_data_set_is_scored_where_its_flags_say(trained_run, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("unet_helpers.evaluation.evaluate", lambda run, **options: calls.append(options) or {})
+    main(["evaluate", str(trained_run), "--data", "folder", "--data-root", "there"])
+    main(["evaluate", str(trained_run)])
+    there, own = (options["data"] for options in calls)
+    assert (there.name, there.root, there.sample_size) == ("folder", "there", 64)
+    assert own == load_config(trained_run / "config.yaml").data
+
+
+def test_preparing_may_download_unless_told_not_to_and_exporting_names_the_file_after_the_run(trained_run, monkeypatch):
+    calls = []
+    monkeypatch.setattr("unet_helpers.prepare.prepare", lambda config, output, download: calls.append(download) or "")
+    for options in ([], ["--no-download"]):
+        assert main(["prepare", "drive", *options]) == 0
+    assert calls == [True, False]
+    monkeypatch.setattr("unet_helpers.runs.export", lambda run, output: calls.append((run, str(output))))
+    assert main(["export", str(trained_run)]) == 0
+    assert calls[-1] == (str(trained_run), f"{trained_run.name}.onnx")
 
 
 def test_rotations_and_no_flips_exclude_each_other(capsys):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from unet_helpers.config import (
+    RULES,
     Config,
     DataConfig,
     UserError,
@@ -124,6 +125,34 @@ def test_shares_may_be_nothing():
 def test_settings_that_are_null_or_just_too_large_are_named(section, values, word):
     with pytest.raises(UserError, match=word):
         from_dict({section: values}, "c.yaml")
+
+
+JUST_OUTSIDE = {
+    "training.epochs": 0, "training.batch_size": 0, "augmentation.patch_size": 0, "seed": -1, "data.split_seed": -1,
+    "training.workers": -1, "training.weight_decay": -0.1, "training.clip_norm": -1.0, "data.val_share": 1.5,
+    "data.test_share": -0.1, "data.train_limit": 0, "training.steps_per_epoch": 0, "training.dice_weight": -1.0,
+    "training.encoder_rate": -1.0, "data.longest_side": 31, "training.warmup": 1.0, "training.ema_decay": 1.0,
+    "model.dropout": 1.0, "augmentation.brightness": 1.1, "augmentation.contrast": -0.1, "augmentation.elastic": -0.1,
+    "augmentation.noise": 1.1, "training.encoder_frozen": 1.1, "augmentation.gamma": 1.0,
+    "augmentation.rotation": 181.0, "augmentation.scale": (1.2, 0.8), "training.learning_rate": 0.0, "data.root": "",
+    "data.palette": ("red",), "data.folds": 1, "data.sample_images": (1, 0, 1), "data.sample_size": 31,
+    "model.num_classes": 0, "model.in_channels": 1, "model.widths": (), "data.fold": -1,
+    "training.class_weights": (0.0, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", JUST_OUTSIDE)
+def test_every_rule_refuses_what_lies_just_outside(setting):
+    config = Config()
+    config.data.folds = 3 if setting == "data.fold" else 0
+    section, _, name = setting.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, JUST_OUTSIDE[setting])
+    with pytest.raises(UserError, match=f"^{setting} is "):
+        check_config(config)
+
+
+def test_every_rule_is_tried():
+    assert {setting for settings, _, _ in RULES for setting in settings.split()} <= set(JUST_OUTSIDE)
 
 
 def test_a_seed_beyond_what_numpy_takes_is_refused():

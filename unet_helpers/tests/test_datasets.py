@@ -207,6 +207,15 @@ def decodings(monkeypatch) -> list[str]:
     return names
 
 
+def test_cached_masks_are_made_anew_where_their_values_mean_something_else(tmp_path, monkeypatch):
+    config = folder(tmp_path / "set", masks_of(0, 255))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    for meaning, highest in (("binary", 1), ("classes", 255)):
+        config.data.mask_values = meaning
+        assert datasets.Decoded(find_samples(config.data), config)[0][1].max() == highest
+
+
 def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decodings, monkeypatch, capsys):
     config, cache = cached
     samples = find_samples(config.data)

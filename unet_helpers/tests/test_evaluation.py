@@ -17,6 +17,7 @@ from unet_helpers.runs import load_run
 from unet_helpers.sample_data import make_retina
 from unet_helpers.training import train
 
+CPU = torch.device("cpu")
 KEYS = (
     "dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "mcc", "roc_auc", "pr_auc", "cldice",
     "threshold", "dice_ci95", "per_image_dice", "tta", "n_images", "n_pixels",
@@ -69,6 +70,8 @@ def test_scores_agree_with_a_second_implementation_on_the_files_that_predict_wro
     }
     assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-9)
     assert list(scores["per_image_dice"].values()) == pytest.approx(per_image, abs=1e-9)
+    assert scores["mean_image_dice"] == pytest.approx(np.mean(per_image), abs=1e-9)
+    assert scores["mean_image_dice"] != scores["dice"]
     assert scores["n_pixels"] == len(truth)
     assert scores["n_images"] == 3
 
@@ -147,6 +150,16 @@ def test_several_classes(small_config, tmp_path):
     assert scores["threshold"] is None
     assert scores["accuracy"] == scores["correct"] / scores["total"]
     assert "binary" in scores["undefined"]["cldice"]
+
+
+def test_areas_of_several_classes_are_means_over_one_class_against_the_rest(three_classes):
+    scores, opened = evaluate(three_classes), load_run(three_classes)
+    images = WholeImages(samples_of(opened.config, "test"), opened.config)
+    seen = [(p[:, mask != 255], mask[mask != 255]) for p, mask, _ in predictions(opened.model, images, CPU, True)]
+    probability, truth = torch.cat([p for p, _ in seen], 1), torch.cat([mask for _, mask in seen])
+    for name, area in (("roc_auc", sklearn.metrics.roc_auc_score), ("pr_auc", sklearn.metrics.average_precision_score)):
+        by_class = [area(truth == k, (probability[k].double() * 65535).round()) for k in range(3)]
+        assert scores[name] == pytest.approx(np.mean(by_class), abs=1e-6)
 
 
 def test_objects_that_are_not_thin_have_no_cldice(trained_run, tmp_path):

@@ -77,6 +77,9 @@ def test_16_bit_colour_keeps_its_lower_bits_and_the_order_of_channels(tmp_path, 
     cv2.imwrite(str(tmp_path / f"deep.{ending}"), values[..., ::-1])
     expected = (values - values.min()) / np.ptp(values).astype(float)
     np.testing.assert_allclose(read_image(tmp_path / f"deep.{ending}"), expected, atol=1e-6)
+    opaque = np.full((6, 4, 1), 65535, np.uint16)
+    cv2.imwrite(str(tmp_path / f"clear.{ending}"), np.concatenate([values[..., ::-1], opaque], -1))
+    np.testing.assert_allclose(read_image(tmp_path / f"clear.{ending}"), expected, atol=1e-6)
 
 
 def test_float_file_with_nan_is_finite(tmp_path):
@@ -374,6 +377,15 @@ def test_16_bit_masks_hold_indices_or_full_scale(tmp_path, ending):
     np.testing.assert_array_equal(decode_mask(full, "binary"), MASK)
 
 
+def test_even_dull_deep_pictures_are_normalised():
+    dull = 0.5 + 0.05 * RNG.standard_normal((40, 40, 3)).astype(np.float32)
+    np.testing.assert_allclose(normalise(dull).std((0, 1)), 1, rtol=1e-3)
+
+
+def test_a_line_of_pixels_is_reduced_to_a_line():
+    assert images.shrink(np.zeros((1, 1000, 3), np.uint8), 240).shape == (1, 240, 3)
+
+
 # ---- large pictures
 
 
@@ -389,6 +401,24 @@ def test_a_large_tiff_is_read_as_a_small_one_is(tmp_path, monkeypatch, options, 
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (100, 90, 3)
     assert (found.base is not None) == bool(options)  # a view of what lies on the disk
+
+
+ODD_TIFFS = [
+    {"photometric": "miniswhite"},
+    {"photometric": "rgb", "planarconfig": "separate"},
+    {"photometric": "rgb", "extratags": [(274, 3, 1, 6, True)]},
+]
+
+
+@pytest.mark.parametrize("form", ODD_TIFFS, ids=["white is 0", "planes", "turned"])
+def test_a_large_tiff_of_an_unusual_kind_is_read_as_a_small_one_is(tmp_path, monkeypatch, form):
+    shape = (100, 90) if form["photometric"] == "miniswhite" else (100, 90, 3)
+    values = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    values = values.transpose(2, 0, 1) if "planarconfig" in form else values
+    tifffile.imwrite(tmp_path / "a.tif", values, tile=(64, 48), **form)
+    expected = read_image(tmp_path / "a.tif")
+    monkeypatch.setattr(images, "LARGE", 1000)
+    np.testing.assert_array_equal(open_image(tmp_path / "a.tif"), expected)
 
 
 def test_more_pixels_must_be_asked_for(tmp_path, monkeypatch):

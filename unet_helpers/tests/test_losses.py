@@ -276,6 +276,18 @@ def test_wrong_settings_are_refused(settings):
         SegmentationLoss(*settings)
 
 
+def test_class_weights_that_are_no_number_a_class_are_refused():
+    for num_classes, weights in ((1, (1.0,)), (3, (1.0, 2.0))):
+        with pytest.raises(UserError, match="class_weights"):
+            SegmentationLoss(num_classes, class_weights=weights)
+
+
+def test_class_weights_count_relative_to_each_other_however_small():
+    logits, target = torch.randn(2, 3, 5, 4), torch.randint(0, 3, (2, 5, 4))
+    plain, tiny = SegmentationLoss(3), SegmentationLoss(3, class_weights=(1e-5,) * 3)
+    torch.testing.assert_close(tiny(logits, target), plain(logits, target))
+
+
 def test_check_labels_takes_arrays_and_names_the_file():
     check_labels(np.array([[0, 1, 255]], np.uint8), 1)
     check_labels(np.array([[0, 2, 255]], np.uint8), 3)

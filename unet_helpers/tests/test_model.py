@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unet_helpers.config import ModelConfig, UserError
+from unet_helpers.metrics import probabilities
 from unet_helpers.model import (
     ACTIVATIONS,
     DoubleConv,
     Down,
+    Ensemble,
     PySiLU,
     UNet,
     Up,
@@ -24,6 +26,7 @@ from unet_helpers.model import (
     make_norm,
     pad_to_multiple,
 )
+from unet_helpers.prediction import predict_logits
 
 PAPER = {"in_channels": 1, "num_classes": 2, "padding": "valid", "norm": "none"}
 
@@ -31,6 +34,17 @@ PAPER = {"in_channels": 1, "num_classes": 2, "padding": "valid", "norm": "none"}
 def small(**changes) -> UNet:
     torch.manual_seed(0)
     return UNet(**{"in_channels": 3, "num_classes": 2, "widths": (4, 6, 8), **changes})
+
+
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_an_ensemble_of_unlike_networks_averages_probabilities_also_tile_by_tile(num_classes):
+    networks = [small(num_classes=num_classes, widths=widths).eval() for widths in ((4, 8), (4, 6, 8))]
+    x, joined = torch.randn(1, 3, 150, 97), Ensemble(networks)
+    with torch.inference_mode():
+        mean = sum(probabilities(network(x[..., :148, :96])) for network in networks) / 2
+        torch.testing.assert_close(probabilities(joined(x[..., :148, :96])), mean)
+        whole, tiled = (probabilities(predict_logits(joined, x, tile)) for tile in (1000, 72))
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 
 def valid_output_by_walking(size: int, levels: int) -> int:

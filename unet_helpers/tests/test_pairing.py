@@ -191,6 +191,9 @@ def test_folds_are_even_and_each_group_validates_once():
     folds = k_folds(CARS, 5, 0)
     assert [folds.count(fold) for fold in range(5)] == [16] * 5
     assert k_folds(CARS, 5, 1) != folds
+    uneven = ["a"] * 2 + ["b"] * 6 + ["c"] * 2 + ["d"] * 2  # by hand: b against the rest
+    for seed in range(5):
+        assert [k_folds(uneven, 2, seed).count(fold) for fold in range(2)] == [6, 6]
 
 
 def test_too_few_groups_and_senseless_shares():

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -251,6 +252,20 @@ def test_strips_give_what_the_whole_picture_gives(settings, flips, monkeypatch):
     torch.testing.assert_close(torch.cat([part for _, part in parts]), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["image", "imagenet", "none"])
+def test_a_picture_is_normalised_as_in_training_whole_or_in_strips(kind, monkeypatch):
+    config, model = Config(), network(norm="none")
+    config.data.normalisation = kind
+    picture = np.random.default_rng(0).integers(0, 255, (131, 97, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(images.normalise(picture, kind=kind).transpose(2, 0, 1).copy())
+    expected = predict_probabilities(model, tensor, False)
+    whole = predict_image(model, picture, torch.device("cpu"), False, config.data)
+    torch.testing.assert_close(whole, expected)
+    monkeypatch.setattr(prediction, "STRIP", 56)
+    parts = predict_strips(Run(Path("run"), config, model, {"threshold": 0.5}), picture, torch.device("cpu"), False, 0)
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["view", "longest side"])
 def test_strips_of_a_picture_that_is_reduced_are_those_of_the_whole(kind, monkeypatch):
     config, model = Config(), network(norm="none")
@@ -374,6 +389,25 @@ def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, t
         assert large.dtype == (np.uint8 if name == "mask" else np.uint16)
         np.testing.assert_allclose(large.astype(int), small.astype(int), atol=0 if name == "mask" else 2)
     assert not [path for path in (tmp_path / "large").iterdir() if path.name.startswith(".")]
+
+
+def test_of_several_classes_the_index_and_the_probability_of_the_one_chosen_are_written(
+    three_classes, tmp_path, tiny_limit
+):
+    picture = make_retina(3, (150, 133)).image
+    tifffile.imwrite(tmp_path / "eye.tif", picture, tile=(64, 64), compression="zlib", photometric="rgb")
+    (mask,) = predict(three_classes, [tmp_path / "eye.tif"], tmp_path / "out", quiet=True)
+    assert set(np.unique(tifffile.imread(mask))) <= {0, 1, 2}
+    probability = torch.randn(3, 8, 9, generator=torch.Generator().manual_seed(0)).softmax(0)
+    classes, files = prediction.render(probability)
+    np.testing.assert_array_equal(classes, probability.argmax(0))
+    levels = np.array(Image.open(io.BytesIO(files["_probability.png"])))
+    np.testing.assert_array_equal(levels, (probability.amax(0).double() * 65535).round())
+    deep = np.full((8, 9, 3), 0.5, np.float32)
+    photo, grey, colours = prediction.frames(deep, probability, classes)
+    assert (photo == 128).all()
+    np.testing.assert_array_equal(grey[..., 1], (probability.amax(0) * 255).round())
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == len(np.unique(classes))
 
 
 def test_a_large_mask_has_the_colours_of_the_set(trained_run, tmp_path, tiny_limit):

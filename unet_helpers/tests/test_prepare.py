@@ -14,6 +14,7 @@ from PIL import Image
 from unet_helpers.__main__ import parse
 from unet_helpers.config import DataConfig, UserError
 from unet_helpers.datasets import find_samples, load_sample
+from unet_helpers.prepare import _rotate as rotate
 from unet_helpers.prepare import expand_offline, prepare
 from unet_helpers.sample_data import make_retina
 
@@ -183,6 +184,15 @@ def test_copies_are_what_their_names_say(tmp_path):
     assert (turned != mask).any()
     assert turned[0, 0] == 255
     np.testing.assert_array_equal(read(tmp_path / "test/image/test_000.png"), load_sample(find_samples(SOURCE)[-3])[0])
+
+
+def test_mask_and_image_are_turned_alike():
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:30, 15:60] = 1
+    for angle in (-30, 12):
+        image, turned = rotate(np.repeat(mask[..., None] * 200, 3, 2), mask, angle)
+        assert ((image[..., 0] > 100) == (turned == 1))[turned != 255].mean() > 0.99
+        assert 0 < (turned == 255).mean() < 0.5  # the corners
 
 
 def test_groups_of_the_source_survive_in_the_names(tmp_path):

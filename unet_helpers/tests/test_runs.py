@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from unet_helpers import runs
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import DataConfig, UserError
+from unet_helpers.config import DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages
 from unet_helpers.evaluation import choose_threshold, evaluate, samples_of
 from unet_helpers.model import build_model
@@ -173,6 +173,21 @@ def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemb
     assert load_run(ensemble).threshold == pytest.approx((2 * load_run(trained_run).threshold + 0.9) / 3)
 
 
+def test_an_ensemble_does_what_all_of_its_runs_have_seen_and_judges_nothing_that_one_has(ensemble):
+    config = load_config(ensemble / "b" / "config.yaml")
+    config.augmentation.flips, config.augmentation.rotation = "horizontal", 30.0
+    (ensemble / "b" / "config.yaml").write_text(dump_config(config))
+    joined = load_run(ensemble).config.augmentation
+    assert (joined.flips, joined.rotation) == ("horizontal", 30.0)
+    metrics = json.loads((ensemble / "b" / "metrics.json").read_text())
+    (ensemble / "b" / "metrics.json").write_text(json.dumps(metrics | {"training_images": ["val_000"]}))
+    with pytest.raises(UserError, match="trained on val_000"):
+        evaluate(ensemble, split="val")
+    (ensemble / "b" / "metrics.json").write_text(json.dumps(metrics | {"view_diameter": 2 * metrics["view_diameter"]}))
+    with pytest.raises(UserError, match="are no ensemble"):
+        load_run(ensemble)
+
+
 def test_runs_that_do_not_go_together_are_no_ensemble(ensemble, three_classes):
     shutil.copytree(three_classes, ensemble / "c")
     with pytest.raises(UserError, match=r"model\.num_classes"):
@@ -205,6 +220,25 @@ def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path)
     assert known["normalisation"] == "image"
     assert known["view_diameter"] == opened.model.view_diameter
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_what_is_exported_gives_a_probability_for_each_class(three_classes, tmp_path, monkeypatch):
+    """The network that is handed to torch's exporter, which is trusted to keep it."""
+    exported = []
+
+    class Stop(Exception):
+        pass
+
+    def export_nothing(network, *arguments, **options):
+        exported.append(network)
+        raise Stop
+
+    monkeypatch.setattr(torch.onnx, "export", export_nothing)
+    with pytest.raises(Stop):
+        runs.export(three_classes, tmp_path / "a.onnx")
+    image = torch.randn(2, 3, 33, 41)
+    expected = load_run(three_classes).model(image).softmax(1)
+    torch.testing.assert_close(exported[0](image), expected)
 
 
 def test_valid_padding_is_not_exported(trained_run, tmp_path):

@@ -213,6 +213,11 @@ def test_draws_without_positives_are_left_out():
     assert all(math.isnan(end) for end in bootstrap_interval(counts[1:], sensitivity))
 
 
+def test_a_run_that_finds_nothing_where_nothing_is_counts_for_nothing():
+    """By hand: the first run's score is undefined in every draw, the second's is one half."""
+    assert bootstrap_interval([[[0, 0, 0, 10]] * 2, [[1, 1, 1, 7]] * 2], dice) == (0.5, 0.5)
+
+
 def test_paired_interval_is_narrower_than_either_models_own():
     hard = np.random.default_rng(0).integers(0, 500, 20)
     a = np.stack([900 - hard, 100 + 0 * hard, 100 + hard, 9000 + 0 * hard], -1)

@@ -39,9 +39,13 @@ def test_an_encoder_learns_later_or_more_slowly(small_config, tmp_path, monkeypa
     small_config.model = ModelConfig("Unet", "resnet18")
     small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=4, batch_size=2)
     small_config.training.encoder_frozen, small_config.training.encoder_rate = frozen, rate
-    seen, real = [], training.train_step
+    small_config.training.weight_decay = 0.02
+    seen, rates, real = [], [], training.train_step
 
     def observed(model, optimiser, *rest):
+        decoder, encoder = optimiser.param_groups
+        assert decoder["weight_decay"] == encoder["weight_decay"] == 0.02
+        rates.append((decoder["lr"], encoder["lr"]))
         before = {name: value.clone() for name, value in model.named_parameters()}
         loss = real(model, optimiser, *rest)
         moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
@@ -51,6 +55,8 @@ def test_an_encoder_learns_later_or_more_slowly(small_config, tmp_path, monkeypa
     monkeypatch.setattr(training, "train_step", observed)
     train(small_config, tmp_path / "run", quiet=True)
     assert seen[:3] == [(rate > 0 and frozen <= step / 4, True) for step in range(3)]  # at the last step the rate is 0
+    for step, (decoder, encoder) in enumerate(rates):
+        assert encoder == pytest.approx(decoder * rate * (frozen <= step / 4))
 
 
 def test_a_network_starts_from_the_weights_of_a_run(small_config, trained_run, tmp_path):
@@ -108,6 +114,26 @@ def test_training_again_gives_the_same_weights_with_any_number_of_workers(traine
 def test_another_seed_gives_other_weights(trained_run, small_config, tmp_path):
     train(replace(small_config, seed=4), tmp_path / "other", quiet=True)
     assert not same(trained_run / WEIGHTS, tmp_path / "other" / WEIGHTS)
+    first, other = (read_history(run / "history.csv")[0] for run in (trained_run, tmp_path / "other"))
+    assert first["val_loss"] != other["val_loss"]  # before the first step
+
+
+def test_without_a_number_of_steps_an_epoch_is_one_pass_over_the_images(small_config, tmp_path):
+    small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=None)
+    assert train(small_config, tmp_path / "run", quiet=True)["steps"] == 2  # 5 images in batches of 4
+
+
+def test_the_usual_size_of_a_view_is_known_only_where_training_pictures_agree(small_config, tmp_path):
+    small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=1)
+    for side, expected in ((64, True), (96, False)):
+        for number in range(6):
+            retina = make_retina(number, side if number % 2 else 64)
+            for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+                (tmp_path / f"{side}" / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(tmp_path / f"{side}" / kind / f"{number}.png")
+        small_config.data = DataConfig(name="folder", root=str(tmp_path / f"{side}"))
+        diameter = train(small_config, tmp_path / f"run{side}", quiet=True)["view_diameter"]
+        assert (diameter is not None) == expected
 
 
 def test_a_run_killed_at_any_moment_and_resumed_gives_the_same_weights(small_config, tmp_path):
