@@ -163,7 +163,7 @@ def test_what_gets_too_dark_or_too_bright_stays_black_or_white():
     assert np.min(values[1]) > 170
 
 
-def test_an_elastic_deformation_moves_pixels_by_some_ten_of_512(monkeypatch):
+def test_an_elastic_deformation_moves_pixels_by_some_ten_of_512():
     """Ronneberger et al. 2015: displacements on a coarse grid with a standard deviation of 10 pixels."""
     ramp = np.tile(np.arange(0, 256, 0.5).astype(np.float32) / 256, (512, 1))[..., None].repeat(3, 2)
     augment = make_augmentation(dataclasses.replace(PLAIN, patch_size=512, elastic=1.0))
@@ -193,14 +193,14 @@ def test_any_image_size_fits_any_patch(shape):
         assert patch.shape[:2] == target.shape == (config.patch_size,) * 2
 
 
-@pytest.mark.parametrize(("shape", "scale"), [((1, 1), (1, 3)), ((9, 16), (1, 3)), ((1, 90), (1, 3))])
+@pytest.mark.parametrize(("shape", "scale"), [((1, 1), (0.78, 1.28)), ((9, 16), (1, 3)), ((1, 90), (1, 3))])
 def test_a_patch_may_lie_beside_a_small_image(shape, scale):
     """One in some hundred patches whose centre lies outside holds nothing of an image much smaller than they are."""
     image, mask = RNG.integers(1, 256, (*shape, 3), dtype=np.uint8), np.ones(shape, np.uint8)
     augment = make_augmentation(dataclasses.replace(GEOMETRY, patch_size=64, rotation=180, scale=scale))
-    targets = [augment(image, mask, everything(mask), seed)[1] for seed in range(400)]
+    targets = [augment(image, mask, everything(mask), seed)[1] for seed in range(2000)]
     empty = sum(bool((target == IGNORE).all()) for target in targets)
-    assert 0 < empty < len(targets)
+    assert 0 < empty < 600
 
 
 def test_images_longer_than_opencv_can_address():
