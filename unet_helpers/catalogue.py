@@ -20,7 +20,7 @@ TABLES = json.loads((Path(__file__).parent / "catalogue.json").read_text(encodin
 # `train`, the numbers of the training images (Silberman et al. 2012); all count from 1.
 HOW_TO_GET, NYUV2 = TABLES["how_to_get"], TABLES["nyuv2"]
 CLASS_NAMES = TABLES["class_names"] | {"nyuv2-13": NYUV2["names_13"], "nyuv2-40": NYUV2["names_40"]}
-# RITE: red arteries, blue veins; white where they cross or nobody can tell, green where they overlap.
+# RITE: red arteries, blue veins; white where nobody can tell or, like green, where they cross.
 RITE_COLOURS = Colours({0x000000: 0, 0xFF0000: 1, 0x0000FF: 2, 0xFFFFFF: IGNORE, 0x00FF00: IGNORE})
 CAMVID_LABELS = {value: value for value in range(11)} | {11: IGNORE}  # 11 is void
 MEANINGS = {"drive": "binary", "rite": RITE_COLOURS, "carvana": "binary", "camvid": CAMVID_LABELS}  # of mask values

@@ -32,9 +32,14 @@ class Evaluation:
     image_counts: list[np.ndarray] = field(default_factory=list)  # tp, fp, fn, tn: (4,), several classes (K, 4)
     skeletons: list[np.ndarray] = field(default_factory=list)  # the counts that clDice needs; binary only
 
+    def by_group(self) -> dict[str, np.ndarray]:
+        """Counts of each group, summed over its images."""
+        counts, groups = np.stack(self.image_counts), np.array(self.groups)
+        return {group: counts[groups == group].sum(0) for group in dict.fromkeys(self.groups)}
+
     def counts(self) -> np.ndarray:
-        """Counts for `scores`: (N, 4), for several classes (1, N, K, 4)."""
-        counts = np.stack(self.image_counts)
+        """For `scores`, one row a group, as views of a car are not independent: (N, 4), or of classes (1, N, K, 4)."""
+        counts = np.stack(list(self.by_group().values()))
         return counts if self.num_classes == 1 else counts[None]
 
 
@@ -79,25 +84,22 @@ def score_images(
 
 def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
     """All scores of the protocol as one dictionary; what is 0/0 is NaN and `undefined` says why."""
-    counts = np.stack(result.image_counts)
+    counts, groups = np.stack(result.image_counts), result.by_group()
     if result.num_classes == 1:
         values, several, dice, iou = result.table.scores(threshold), {}, scores.dice, scores.iou
         values["cldice"] = float(scores.cldice(np.sum(result.skeletons, axis=0)))
-        reasons = {"dice_ci95": scores.ONE_IMAGE} if len(counts) == 1 else {}
-        reasons |= {"cldice": "the objects are not thin"} if np.isnan(result.skeletons).any() else {}
+        reasons = {"cldice": "the objects are not thin"} if np.isnan(result.skeletons).any() else {}
     else:
         values, dice, iou = result.table.scores(), metrics.mean_dice, metrics.mean_iou
         for name in ("roc_auc", "pr_auc"):
             values[name] = float(scores.defined_mean([getattr(h, name)() for h in result.one_vs_rest]))
-        values["cldice"] = float("nan")
-        reasons = {"cldice": "defined for binary masks only"}
+        values["cldice"], reasons = float("nan"), {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
         several = {"classes": result.class_names, "absent": absent, "per_class": values["per_class"]}
-        intervals = [list(scores.bootstrap_interval(one, scores.dice)) for one in counts.swapaxes(0, 1)]
+        intervals = [list(scores.bootstrap_interval(one, scores.dice)) for one in result.counts()[0].swapaxes(0, 1)]
         several |= {"per_class_dice_ci95": intervals, "confusion": result.table.table.tolist()}
-    per_image, groups = dice(counts), np.array(result.groups)
-    names = sorted(set(result.groups)) if len(set(groups)) < len(groups) else []  # not where each is of one image
-    pooled = {name: counts[groups == name].sum(0) for name in names}
+    reasons |= {"dice_ci95": scores.ONE_IMAGE} if len(groups) == 1 else {}
+    per_image, pooled = dice(counts), groups if len(groups) < len(counts) else {}  # where each is of one image, none
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     summary = {name: values[name] for name in (*order, "roc_auc", "pr_auc", "cldice")} | {"threshold": threshold}
     summary |= {"dice_ci95": list(scores.bootstrap_interval(result.counts(), dice))}
@@ -128,10 +130,10 @@ def evaluate(run: Path | str, data: DataConfig | None = None, split="test", save
 
 
 def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None, split="test", **options) -> dict:
-    """Dice of run A minus Dice of run B on the same images, with its paired bootstrap interval over images."""
+    """Dice of run A minus Dice of run B on the same images, with its paired bootstrap interval over groups."""
     a, b = (score_run(run, data, split, **options)[1] for run in (run_a, run_b))
-    if a.names != b.names or a.num_classes != b.num_classes:
-        raise UserError(f"{run_a} and {run_b} cannot be compared: they differ in their images or classes.")
+    if (a.names, a.groups, a.num_classes) != (b.names, b.groups, b.num_classes):
+        raise UserError(f"{run_a} and {run_b} cannot be compared: they differ in their images, groups or classes.")
     return scores.paired_difference(a.counts(), b.counts(), scores.dice if a.num_classes == 1 else metrics.mean_dice)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from unet_helpers.config import UserError
 
 Score = Callable[[np.ndarray], np.ndarray]  # (..., 4) counts -> (...) scores, such as `dice`
-ONE_IMAGE = "a single image says nothing about the spread between images"
+ONE_IMAGE = "a single image, or group of images, says nothing about the spread between them"
 REASONS = dict.fromkeys(("dice", "iou", "cldice"), "no positive pixels in the ground truth or the prediction") | {
     "accuracy": "no pixels to score",
     "sensitivity": "no positive pixels in the ground truth",
@@ -183,8 +183,7 @@ def _bootstrap(counts: np.ndarray, score: Score, samples: int, seed: int, level:
     draws = [draw for draw in draws if not math.isnan(draw)]
     if images == 1 or not draws:
         return math.nan, math.nan
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
 def _multiplicities(rng: np.random.Generator, n: int, things: int) -> np.ndarray:

@@ -7,8 +7,10 @@ import pytest
 import sklearn.metrics
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from skimage.morphology import skeletonize
 
+from unet_helpers import scores as formulas
 from unet_helpers.config import DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages, find_samples, load_sample
 from unet_helpers.evaluation import choose_threshold, compare, evaluate, predictions, samples_of, score_images
@@ -306,6 +308,40 @@ def test_scores_by_group_are_those_of_its_images_alone(trained_run, three_classe
         alone = evaluate(run, data)
         assert both["car0"] == {"dice": alone["dice"], "iou": alone["iou"]}
     assert evaluate(trained_run)["per_group"] == {}  # every image is a group of its own
+
+
+def test_intervals_draw_groups_as_views_of_one_car_are_no_independent_images(trained_run, three_classes, tmp_path):
+    """Each car photographed three times and all alike: nothing is known that one photograph would not have told."""
+    masks = [make_retina(number, 64).artery_vein for number in range(4)]
+    for run in (three_classes, trained_run):
+        root = tmp_path / run.name
+        data = write_classes(root, masks if run is three_classes else [np.minimum(mask, 1) for mask in masks])
+        data.group_pattern = ".*__(.).*"
+        once, difference_once = evaluate(run, data), compare(run, shifted(run, root), data)
+        for path in sorted(root.rglob("test/*/*.png")):
+            for view in "bc":
+                shutil.copy(path, path.with_stem(path.stem + view))
+        thrice = evaluate(run, data)
+        assert thrice["n_images"] == 12
+        assert list(thrice["per_group"]) == ["0", "1", "2", "3"]
+        for name in ("dice_ci95", "per_class_dice_ci95") if run is three_classes else ("dice_ci95",):
+            assert np.ravel(thrice[name]).tolist() == np.ravel(once[name]).tolist()
+        assert compare(run, shifted(run, root), data) == difference_once
+        data.group_pattern = "(.).*"
+        alone = evaluate(run, data)
+        assert np.isnan(alone["dice_ci95"]).all()
+        assert alone["undefined"]["dice_ci95"] == formulas.ONE_IMAGE
+
+
+def shifted(run, folder):
+    """A run whose network is less sure of the background, to compare with."""
+    other = folder.with_name(f"{folder.name}-shifted")
+    if not other.exists():
+        shutil.copytree(run, other)
+        weights = load_file(other / "model.safetensors")
+        weights["head.bias"][-1] += 1
+        save_file(weights, other / "model.safetensors")
+    return other
 
 
 def test_what_predict_wrote_scores_exactly_1_against_itself(three_classes, trained_run, tmp_path):
