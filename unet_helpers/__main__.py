@@ -62,7 +62,7 @@ def train_command(args: Namespace) -> None:
 
 
 def evaluate_command(args: Namespace) -> None:
-    """Score a run: all pixels of a split pooled, at native size, with the threshold chosen in training."""
+    """Score a run: all pixels of a split pooled, at native size, with the threshold chosen on validation images."""
     from unet_helpers.evaluation import compare, evaluate
     from unet_helpers.runs import load_run
 
@@ -74,7 +74,7 @@ def evaluate_command(args: Namespace) -> None:
 
 
 def predict_command(args: Namespace) -> None:
-    """Predict images: STEM_mask.png and STEM_probability.png (16 bit) for each, at its own size."""
+    """Predict images: STEM_mask.png and STEM_probability.png (16 bit), at their own size; over 2^25 pixels .tif."""
     from unet_helpers.prediction import predict
 
     output = Path(args.output or Path("predictions") / Path(args.run).resolve().name)
@@ -174,13 +174,13 @@ def report(result: dict, as_json: bool) -> None:
         if isinstance(value, dict):
             return ", ".join(f"{name} {show(item)}" for name, item in value.items())
         if isinstance(value, list):
-            return " to ".join(map(show, value))
+            return (" to " if value and isinstance(value[0], float) else ", ").join(map(show, value)) or "none"
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    plain = {name: value for name, value in result.items() if name not in ("classes", "per_class", "confusion")}
+    plain = {name: value for name, value in result.items() if not name.startswith(("class", "per_class", "confusion"))}
     for index, name in enumerate(result.get("classes", [])):
-        scores = ("dice", "iou", "sensitivity", "precision")
-        plain[f"class {name}"] = {score: result["per_class"][score][index] for score in scores}
+        scores = {score: result["per_class"][score][index] for score in ("dice", "iou", "sensitivity", "precision")}
+        plain[f"class {name}"] = scores | {"dice_ci95": result["per_class_dice_ci95"][index]}
     lines = [f"{name:22} {show(value)}" for name, value in plain.items()]
     print(json.dumps(without_nan(result)) if as_json else "\n".join(lines))
 

@@ -184,7 +184,7 @@ def survey_mask(path: str | Path) -> tuple[set[int], dict[int, tuple]]:
 def mask_meaning(values: Iterable[int]) -> Meaning:
     """Decide what the numbers in the masks of one data set mean, from all the values found in all its masks.
 
-    {0, 1}, {0, 255} and {0, 65535} (or fewer) are `binary`; {0..k} and {0..k, 255}, with a few k missing, are
+    {0, 1} (or fewer), {0, 255} and {0, 65535} are `binary`; {0..k} and {0..k, 255}, with a few k missing, are
     `classes`, where 255 means "ignore", also in {0, 1, 255}. Anything else, such as {3, 17, 250}, raises `UserError`.
     """
     found = sorted(map(int, set(values)))
@@ -208,7 +208,7 @@ def find_palette(masks: Iterable[Path]) -> Colours:
     """The class of each colour in the masks of a data set: black comes first, or else the most frequent; then by value.
 
     `UserError` names the mask with the most colours where they cannot all be classes: more than 254 in all masks, or
-    most of those in a mask cover less than a thousandth of it, as the shades along smoothed edges do.
+    over 16 of which most cover less than a thousandth of their mask, as the shades along smoothed edges do.
     """
     pixels, held, rare = Counter(), Counter(), 0
     for path in masks:

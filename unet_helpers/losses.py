@@ -27,8 +27,8 @@ def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over valid pixels of -log p (foreground) and -log(1-p) (background), with p = sigmoid(logit).
 
     Both are softplus(z) - z·y, softplus(z) = log(1 + e^z): no logarithm of a rounded 0. Logits (B, 1, H, W) of any
-    float type, computed in float32, and target (B, H, W) int64 (0, 1, or 255: ignored) to a scalar; 0 with gradient 0
-    if no pixel is valid. Raises `UserError` if shapes, types or (on the CPU) labels are others, as all losses here do.
+    float type, computed in float32 or wider, and target (B, H, W) int64 (0, 1, or 255: ignored) to a scalar; 0 with
+    gradient 0 if no pixel is valid. `UserError` if shapes, types or (on the CPU) labels are others, as all losses here.
     """
     pixels, total = _cross_entropy_sums(*_prepare(logits, target, num_classes=1))
     return total / pixels.clamp(min=1)
@@ -82,8 +82,8 @@ class SegmentationLoss(nn.Module):
         """The loss of the batch, a scalar; with `reduce`, of all processes' batches, its gradient what DDP averages.
 
         Logits are (B, 1 or K, H, W) of any float type, target (B, H, W) int64, see `binary_cross_entropy`; computed in
-        float32, also under autocast. `reduce`, called once by every process, turns a float tensor into its sum over
-        processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
+        float32 or wider, also under autocast. `reduce`, called once by every process, turns a float tensor into its sum
+        over processes: `lambda sums: accelerator.reduce(sums, reduction="sum")`.
         """
         local = self.sums(logits, target)
         if reduce is None:
@@ -93,7 +93,7 @@ class SegmentationLoss(nn.Module):
         return loss.detach() + total[-1] * (loss - loss.detach())
 
     def sums(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Weight of valid pixels, Σ cross-entropy, per class Σ p·y, Σ p, Σ y: (2 + 3K,) float32, to be added up."""
+        """Weight of valid pixels, Σ cross-entropy, per class Σ p·y, Σ p, Σ y: (2 + 3K,), to be added up."""
         z, truth, valid = _prepare(logits, target, self.num_classes)
         weight = valid
         if self.class_weights is not None:

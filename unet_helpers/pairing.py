@@ -84,7 +84,7 @@ def read_folder(root: Path) -> list[Pair]:
 
 
 def read_list(path: Path) -> list[Pair]:
-    """Read a CSV file with the columns image and mask and, if wanted, field_of_view, group, split, as `prepare` writes.
+    """Read a CSV file with the columns image and mask and, if wanted, field_of_view, group, split (names in any case).
 
     Paths start from its folder and stay below it, so that a stranger's list opens no other file: else `UserError`.
     """
@@ -234,10 +234,10 @@ def k_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:
 
 
 def assign_splits(groups: Sequence[str], brought: Sequence[str], config: DataConfig) -> list[str]:
-    """The split of each picture: what its folder names (`brought`); where that is "", drawn with `config.split_seed`.
+    """The split of each picture, as its folder says (`brought`); val and test that no folder names are drawn.
 
-    With `config.folds`, one fold of the training and validation pictures, thrown together, validates; the test pictures
-    stay apart. Raises `UserError` if there are too few groups, or one would be on two sides.
+    They are drawn from pictures of "" and `train`, with `config.split_seed`. With `config.folds`, one fold of train and
+    val, thrown together, validates; test stays apart. `UserError` if groups are too few, or one would be on two sides.
     """
     splits = ["" if split == "train" or (split == "val" and config.folds) else split for split in brought]
     shares = {"val": 0.0 if config.folds else config.val_share, "test": config.test_share}

@@ -2,7 +2,7 @@
 
 Counts are pooled over all images, and the score is computed from them once; 0/0 is NaN, and `undefined` says why. The
 bootstrap imitates other test images: it draws as many again, with replacement, thousands of times, and computes the
-score anew. Images are drawn and not pixels, because the pixels of one image stand or fall together.
+score anew. Images, or groups of them, are drawn and not pixels, as the pixels of one image stand or fall together.
 """
 
 import math
@@ -111,9 +111,9 @@ def ratio(numerator, denominator) -> np.ndarray:
 def bootstrap_interval(counts, score: Score, samples=10_000, seed=0, level=0.95) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high), over images, of a score computed from pooled counts (Efron 1979).
 
-    Counts are (N, 4) of N images; or (S, N, 4), the same images predicted by S runs of different seeds: runs and images
-    are drawn independently, and the score is the mean over the runs drawn. Several classes: (S, N, K, 4), also for
-    S = 1, with a score that takes (..., K, 4). `score`, e.g. `dice`, maps pooled counts (..., 4) to (...).
+    Counts are (N, 4) of N images or groups; or (S, N, 4), the same predicted by S runs of different seeds: runs and
+    images are drawn independently, and the score is the mean over the runs drawn. Several classes: (S, N, K, 4), also
+    for S = 1, with a score that takes (..., K, 4). `score`, e.g. `dice`, maps pooled counts (..., 4) to (...).
 
     Draws `samples` times, the same for the same `seed`; a share `level` of the draws, between 0 and 1, lies in the
     interval. Draws in which the score is undefined (no positive pixel in any image drawn, say) are left out. Both ends

@@ -155,11 +155,11 @@ def score_arm(run: Path) -> dict:
         names = opened.metrics["training_images"][:SOME_IMAGES]
         samples = [one for one in samples_of(opened.config, split) if split == "val" or one.name in names]
         counted = score_images(network, WholeImages(samples, opened.config), classes, device, opened.threshold)
-        counts = np.stack(counted.image_counts)
+        counts = np.stack(list(counted.by_group().values()))
         dices[f"{split}_dice"] = float(score_of(counts)(counts.sum(0)))
     curves = {f"{name}_curve": [row[name] for row in history] for name in CURVES}
     known = {name: opened.metrics[name] for name in ("best_epoch", "parameters", "seconds", "device")}
-    return dices | known | curves | {"counts": dict(zip(counted.names, counts.tolist(), strict=True))}
+    return dices | known | curves | {"counts": dict(zip(counted.by_group(), counts.tolist(), strict=True))}
 
 
 def score_of(counts: np.ndarray) -> Score:
@@ -201,9 +201,9 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
     """A dictionary for each arm: `arm`, `seeds`, the `dices` of its seeds, their `mean`, `deviation` and interval `low`
     to `high`; `difference`, `difference_low`, `difference_high` to the baseline, and `verdict`.
 
-    All are validation Dice. Intervals are bootstrapped over seeds and images, and `widened` as so few seeds ask for;
-    differences are between runs of the same seed on the same images. The verdict is `better` or `worse` where the
-    difference's interval excludes zero and there are `ENOUGH_SEEDS`. What has no rows has NaN: it was not run here.
+    All are validation Dice. Intervals are bootstrapped over seeds and groups (the views of one car, say), and `widened`
+    as so few seeds ask for; differences are between runs of one seed on the same images. The verdict is `better` or
+    `worse` where that interval excludes zero and there are `ENOUGH_SEEDS`. What has no rows has NaN: it was not run.
     """
     table, base = [], {row["seed"]: row for row in rows if row["arm"] == baseline}
     for name in arms:
@@ -230,7 +230,7 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
 
 
 def counts_of(rows) -> np.ndarray:
-    """Counts of runs and their images, (S, N, 4) or (S, N, K, 4)."""
+    """Counts of runs and their groups of images, (S, N, 4) or (S, N, K, 4)."""
     return np.array([list(row["counts"].values()) for row in rows])
 
 

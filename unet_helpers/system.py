@@ -186,7 +186,7 @@ def write_error(path: Path, error: OSError) -> RunError | UserError:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and check that files can be written into it; `UserError` if they cannot, or if it is a file."""
+    """Make a folder and check that files can be written into it; raises `write_error` if not, or if it is a file."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

@@ -33,6 +33,20 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+def test_the_report_of_several_classes_can_be_read(three_classes, capsys):
+    assert main(["evaluate", str(three_classes)]) == 0
+    lines = {line[:22].strip(): line[23:] for line in capsys.readouterr().out.splitlines()}
+    assert main(["evaluate", str(three_classes), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert lines["absent"] == "none"
+    assert lines["dice_ci95"] == "{:.4f} to {:.4f}".format(*scores["dice_ci95"])
+    assert not any("per_class" in name or "confusion" in name for name in lines)
+    for index, name in enumerate(scores["classes"]):
+        low, high = scores["per_class_dice_ci95"][index]
+        assert lines[f"class {name}"].endswith(f"dice_ci95 {low:.4f} to {high:.4f}")
+        assert lines[f"class {name}"].startswith(f"dice {scores['per_class']['dice'][index]:.4f}, iou ")
+
+
 def test_train_evaluate_predict_benchmark_one_after_the_other(tmp_path, capsys, folder):
     run = str(tmp_path / "run")
     assert main(["train", "--run", run, *SMALL]) == 0

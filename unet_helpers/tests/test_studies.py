@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import yaml
+from PIL import Image
 
 from unet_helpers import studies
 from unet_helpers.__main__ import main
-from unet_helpers.config import Config, ModelConfig, UserError, load_config, to_dict
+from unet_helpers.config import Config, DataConfig, ModelConfig, UserError, dump_config, load_config, to_dict
+from unet_helpers.datasets import find_samples
 from unet_helpers.evaluation import evaluate
 from unet_helpers.runs import load_run
+from unet_helpers.sample_data import make_retina
 from unet_helpers.scores import widened
 from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
 
@@ -48,6 +51,28 @@ def table_of(study) -> list[dict]:
 def study(tmp_path, small_config):
     write_grid(tmp_path / "study", small_config)
     return tmp_path / "study"
+
+
+def test_a_row_holds_the_counts_of_each_group_of_images(trained_run, tmp_path):
+    """Two photographs of each eye: whoever draws rows' counts as if they were independent images would be too sure."""
+    for number in range(8):
+        retina = make_retina(number, 64)
+        for kind, picture in (("images", retina.image), ("masks", retina.vessels)):
+            (tmp_path / "set" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "set" / kind / f"eye{number // 2}__{number}.png")
+    config = load_config(trained_run / "config.yaml")
+    config.data = DataConfig("folder", str(tmp_path / "set"), mask_values="binary")
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    samples = find_samples(config.data)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics["training_images"] = [sample.name for sample in samples if sample.split == "train"]
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    row, scores = studies.score_arm(tmp_path / "run"), evaluate(tmp_path / "run", split="val")
+    assert set(row["counts"]) == {sample.group for sample in samples if sample.split == "val"}
+    assert scores["n_images"] == 2 * len(row["counts"])
+    assert np.sum(list(row["counts"].values())) == scores["n_pixels"]
+    assert row["val_dice"] == pytest.approx(scores["dice"])
 
 
 def test_a_study_trains_what_is_missing_and_nothing_else(study, monkeypatch):
