@@ -194,7 +194,8 @@ def parse(arguments: list[str]) -> Namespace:
     files, others, words = [], [], iter(arguments[1:])
     for word in words:
         name, _, value = word.partition("=")
-        word = f"{name}={os.path.expanduser(value)}" if value else word  # a shell leaves `--output=~/x` as it is
+        value = os.path.expanduser(value)  # a shell leaves `--output=~/x` as it is
+        word = f"{name}={value}" if value else word
         if name in ("--config", "--resume"):
             value = value or next(words, "")
             if not value or value.startswith("--"):

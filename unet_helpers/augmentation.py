@@ -29,9 +29,9 @@ class RandomPatch(A.DualTransform):
     """Cut a patch of `size` (height, width) around a random point: rotated, scaled and deformed in one interpolation.
 
     The centre lies anywhere in the image, so a pixel at the edge is seen half as often as one in the middle; patches
-    inside the image would almost never show it. Only a patch as large as the image is moved no further than all of it
-    stays in. Elastic deformation as in Ronneberger et al. 2015, section 3.1: random displacements on a 3 x 3 grid,
-    interpolated bicubically, of standard deviation 10 · patch size / 512.
+    inside the image would almost never show it. Only along a side where the patch is as large as the image, or larger,
+    all of that side stays in it. Elastic deformation as in Ronneberger et al. 2015, section 3.1: random displacements
+    on a 3 x 3 grid, interpolated bicubically, of standard deviation 10 · patch size / 512.
     """
 
     def __init__(self, size: tuple[int, int], rotation: float, scale: tuple[float, float], elastic: float):

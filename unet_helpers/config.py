@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 import yaml
 
@@ -195,7 +195,7 @@ RULES = [
     ("augmentation.patch_size", lambda x: min(x if isinstance(x, tuple) else [x]) >= 1, "at least 1 pixel a side"),
     ("seed data.split_seed training.workers", lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ("training.weight_decay training.clip_norm", lambda x: 0 <= x < math.inf, "0 or more"),
-    ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number"),
+    ("data.val_share data.test_share", lambda x: 0 <= x < 1 or (x > 1 and x % 1 == 0), "below 1, or a number above"),
     ("data.train_limit training.steps_per_epoch", lambda x: x >= 1, "at least 1, or null to take all images"),
     ("training.dice_weight training.encoder_rate", lambda x: 0 <= x < math.inf, "0 or more"),
     ("data.longest_side", lambda x: x >= 32, "at least 32 pixels, or null for native size"),
@@ -227,7 +227,11 @@ def need(condition: bool, setting: str, value: object, rule: str) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Check `RULES`; raise `UserError` for the first setting that is out of range."""
+    """Check `RULES`; raise `UserError` for the first setting that is out of range, or null where it may not be."""
+    for section, cls in SECTIONS.items():
+        for name, kind in get_type_hints(cls).items():
+            given = getattr(getattr(config, section), name) is not None or type(None) in get_args(kind)
+            need(given, f"{section}.{name}", "null", "given; leave the line out for the default")
     for settings, is_right, rule in RULES:
         for setting in settings.split():
             value = attrgetter(setting)(config)
@@ -240,7 +244,8 @@ def check_config(config: Config) -> None:
     if config.model.architecture == "unet":
         for setting in ("model.encoder_weights", "training.encoder_rate", "training.encoder_frozen"):
             value, default = attrgetter(setting)(config), attrgetter(setting)(Config())
-            need(value == default, setting, value, f"{default or 'null'} for `unet`, which has no such encoder")
+            rule = f"{'null' if default is None else default} for `unet`, which has no such encoder"
+            need(value == default, setting, value, rule)
     full = config.model.full_resolution_skip
     need(not full or config.model.architecture == "Unet", "model.full_resolution_skip", full, "false except for `Unet`")
 
@@ -279,7 +284,7 @@ def explain(message: str) -> str:
     """What jsonargparse says about a setting of a wrong type, in one line and plainer words."""
     found = re.match(r'Parser key "(\w+)\.(\w+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
     if not found:
-        return one_line(re.sub(r"Parser key |<class |typing\.", "", message))
+        return one_line(re.sub(r"Parser key |<class |'>|typing\.", "", message))
     kind = re.sub(r"<class '|'>|typing\.|Literal|Union", "", str(get_type_hints(SECTIONS[found[1]])[found[2]]))
     return one_line(f"{found[1]}.{found[2]} is {found[3]}, but it must be {kind}.")
 

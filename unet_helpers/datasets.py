@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from unet_helpers import augmentation, catalogue, images, sample_data
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError
+from unet_helpers.losses import check_labels
 from unet_helpers.pairing import SPLITS, assign_splits, groups_by_name, read_folder
 from unet_helpers.system import make_folder, write_whole
 
 MEMORY_LIMIT = 200_000_000  # bytes of decoded images that one data set may have; larger ones are cached on disk
 draw_once = lru_cache(maxsize=64)(sample_data.make_retina)  # data sets of several runs ask for the same drawings
 PARTS = ("image", "mask", "view", "mean", "deviation")  # of a decoded image
+VERSION = 2  # of what `decode` makes of a file; another number makes caches anew
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,11 @@ def load_sample(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
+def decode(sample: Sample, config: Config) -> tuple[np.ndarray, ...]:
     """Image and mask of `load_sample`, reduced; the estimated field of view, bool (H, W); mean and deviation inside."""
     image, mask = load_sample(sample)
-    image, mask = images.shrink(image, longest_side), images.shrink(mask, longest_side, is_mask=True)
+    check_labels(mask, config.model.num_classes, sample.mask)  # now: what is rare may vanish when it is reduced
+    image, mask = (images.shrink(one, config.data.longest_side, is_mask=one is mask) for one in (image, mask))
     view = images.field_of_view(image)
     return image, mask, view, *images.statistics_inside(image, view)
 
@@ -153,9 +156,9 @@ def decode(sample: Sample, longest_side: int | None) -> tuple[np.ndarray, ...]:
 class Decoded:
     """What `decode` gives of each sample of a data set, computed only once.
 
-    Sets of more than `MEMORY_LIMIT` bytes at full size, even if they are reduced, are cached in `~/.cache`, one
-    memory-mapped NPY file an image, which can be deleted at any time. It remembers size and time of its sources, so
-    what is missing or outdated is made anew.
+    Sets of more than `MEMORY_LIMIT` bytes at full size, even if they are reduced, are cached in `$XDG_CACHE_HOME`, by
+    default `~/.cache`: one memory-mapped NPY file an image, which can be deleted at any time. It remembers size and
+    time of its sources, so what is missing or outdated is made anew.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
@@ -175,7 +178,7 @@ class Decoded:
         path, source = self._place(index)
         item = _read_cached(path, source) if self.cached else None
         if item is None:
-            item = decode(self.samples[index], self.config.data.longest_side)
+            item = decode(self.samples[index], self.config)
             large = len(self) * sum(array.nbytes for array in item) > MEMORY_LIMIT
             self.cached |= large and self.config.data.name != "sample"
             if self.cached:
@@ -195,14 +198,13 @@ class Decoded:
         states = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         place = os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number
         meant = replace(sample, name="", group="", split="")  # none of which changes the cached image
-        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, meant)))
+        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, meant, VERSION)))
         return self.folder / f"{name}.npy", source
 
     def check(self, index: int) -> tuple[np.ndarray, ...]:
         """The item, whose mask must hold no class that `config.model` lacks, or `UserError` names the file."""
-        item, sample, num_classes = self[index], self.samples[index], self.config.model.num_classes
-        if (highest := int(item[1][item[1] != IGNORE].max(initial=0))) >= max(2, num_classes):
-            raise UserError(f"{sample.mask}: holds class {highest}, so model.num_classes must exceed {highest}")
+        item = self[index]
+        check_labels(item[1], self.config.model.num_classes, self.samples[index].mask)
         return item
 
 
@@ -273,7 +275,9 @@ class WholeImages(Dataset):
         if number not in range(len(self)):
             raise IndexError(number)  # ends a plain `for` loop
         image, mask, view, *statistics = self.decoded.check(number)
-        mask = load_sample(self.samples[number])[1] if self.native else mask
+        if self.native:
+            mask = load_sample(self.samples[number])[1]
+            check_labels(mask, self.config.model.num_classes, self.samples[number].mask)
         return *_to_tensors(image, mask, view, statistics, self.config.data.normalisation), self.samples[number].name
 
 

@@ -58,9 +58,7 @@ def choose_threshold(model: nn.Module, images: WholeImages, device: torch.device
     return histogram.best_threshold()
 
 
-def score_images(
-    model: nn.Module, images: WholeImages, num_classes: int, device, threshold: float | None, flips=True, min_size=0
-) -> Evaluation:
+def score_images(model, images: WholeImages, num_classes: int, device, threshold, flips=True, min_size=0) -> Evaluation:
     """Predict images one by one at their own size, with a model in evaluation mode, and count; see `Evaluation`."""
     table = metrics.BinaryHistogram(device) if num_classes == 1 else metrics.ConfusionMatrix(num_classes, device)
     one_vs_rest = [metrics.BinaryHistogram(device) for _ in range(num_classes)] if num_classes > 1 else []
@@ -137,24 +135,24 @@ def compare(run_a: Path | str, run_b: Path | str, data: DataConfig | None = None
     return scores.paired_difference(a.counts(), b.counts(), scores.dice if a.num_classes == 1 else metrics.mean_dice)
 
 
-def score_run(
-    run: Path | str, data: DataConfig | None, split: str, flips=True, device: str = "auto", min_size=0, choose=False
-) -> tuple[Run, Evaluation]:
+def score_run(run, data, split: str, flips=True, device="auto", min_size=0, choose=False) -> tuple[Run, Evaluation]:
     """Open a run and count on one split; of an ensemble, `choose` the threshold there. `UserError` if they cannot be
     used, or if the run, or one of the ensemble's, was trained on an image of the split.
     """
     opened, target = load_run(run), find_device(device)
     own, joined = opened.config.data, "runs" in opened.metrics
     here = replace(data or own, normalisation=own.normalisation, longest_side=own.longest_side)  # as in its training
-    config = replace(opened.config, data=here)
+    config, classes = replace(opened.config, data=here), opened.config.model.num_classes
+    if classes > 1 and own.name != "folder" != here.name and class_names(own, classes) != class_names(here, classes):
+        raise UserError(f"{run}: knows {', '.join(class_names(own, classes))}: not the classes of {here.name}.")
     images = WholeImages(samples_of(config, split), config)
     known = {sample.name for sample in images.samples} & set(opened.metrics.get("training_images", []))
     if known and split != "train" and same_images(here, own):
         raise UserError(f"{run}: was trained on {min(known)}, which is in the split {split}: its score would mislead.")
-    model = opened.model.to(target, memory_format=torch.channels_last)
-    if choose and joined and config.model.num_classes == 1 and same_images(here, own):
+    model = opened.model.to(target)
+    if choose and joined and classes == 1 and same_images(here, own):
         opened.metrics["threshold"] = choose_threshold(model, images, target, flips)
-    return opened, score_images(model, images, config.model.num_classes, target, opened.threshold, flips, min_size)
+    return opened, score_images(model, images, classes, target, opened.threshold, flips, min_size)
 
 
 def same_images(one: DataConfig, other: DataConfig) -> bool:

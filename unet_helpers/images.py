@@ -64,6 +64,9 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
     try:
         with Image.open(path, formats=FORMATS) as picture:
             deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
+            tags = getattr(picture, "tag_v2", {})
+            if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and max(tags.get(ExifTags.Base.BitsPerSample)) > 8:
+                raise UserError(f"{path}: more than 8 bits in separate planes of colour: save it as PNG")
             picture.load()
             return ImageOps.exif_transpose(picture), picture.format, deep
     except Image.DecompressionBombError as error:
@@ -72,7 +75,7 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror}: name an image file") from error
     except DAMAGE as error:
-        raise UserError(f"{path}: not a readable picture, or damaged ({one_line(error)}): get it again") from error
+        raise UserError(f"{path}: damaged, or no picture of a kind we read ({one_line(error)}): use PNG") from error
 
 
 def orientation(path: str | Path) -> int:
@@ -84,7 +87,8 @@ def orientation(path: str | Path) -> int:
 def read_image(path: str | Path) -> np.ndarray:
     """Read a photograph: uint8 (H, W, 3) in 0..255, or float32 (H, W, 3) in 0..1 if the file has more than 8 bits.
 
-    Deep pictures are stretched from their own minimum and maximum to 0..1: a 16-bit file may come from a 12-bit camera.
+    Deep pictures are stretched to 0..1 from their own darkest and brightest values, since a 16-bit file may come from a
+    12-bit camera; beyond these lie at most a ten-thousandth of the pixels at each end, such as a sensor's hot ones.
     Grey becomes three equal channels, palettes become colours, alpha is dropped (the colour beneath stays), EXIF
     orientation is followed, the first of several frames counts. `UserError` names a file that cannot be read.
     """
@@ -92,21 +96,19 @@ def read_image(path: str | Path) -> np.ndarray:
     if picture.mode in DEEP_MODES:
         return _stretch(np.array(picture))
     with suppress(cv2.error):  # as for more than 2^20 pixels a side
-        deep = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED) if is_deep else None
-        if deep is not None and (turned := orientation(path)) > 1:  # 5 to 8 are transposed, then some are mirrored
-            deep = deep.swapaxes(0, 1) if turned >= 5 else deep
-            deep = deep[:: -1 if turned in (3, 4, 7, 8) else 1, :: -1 if turned in (2, 3, 6, 7) else 1]
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # follows the orientation, unlike IMREAD_UNCHANGED
+        deep = cv2.imdecode(np.fromfile(path, np.uint8), flags) if is_deep else None
         if deep is not None and deep.dtype == np.uint16 and deep.ndim == 3 and deep.shape[1::-1] == picture.size:
-            return _stretch(deep[..., 2::-1])  # OpenCV's order is blue, green, red, alpha
+            return _stretch(deep[..., ::-1])  # OpenCV's order is blue, green, red
     return np.array(picture.convert("RGB"))
 
 
 def _stretch(values: np.ndarray) -> np.ndarray:
-    """Map the finite values of (H, W) or (H, W, 3) linearly to float32 (H, W, 3) in 0..1; the others become 0."""
+    """Map the finite values of (H, W) or (H, W, 3), as `read_image` says, to float32 (H, W, 3); the others become 0."""
     values = values.astype(np.float64)
     finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).astype(np.float32)
+    low, high = np.percentile(values[finite], (0.01, 99.99), method="nearest") if finite.any() else (0.0, 0.0)
+    scaled = np.where(finite, (values - low) / ((high - low) or 1.0), 0.0).clip(0, 1).astype(np.float32)
     return np.stack([scaled] * 3, axis=-1) if scaled.ndim == 2 else np.ascontiguousarray(scaled)
 
 
@@ -251,6 +253,8 @@ def shrink(array: np.ndarray, longest_side: int | None, is_mask: bool = False) -
     if factor >= 1:
         return array
     size = [max(1, round(side * factor)) for side in array.shape[1::-1]]
+    if array.ndim == 3 and array.strides[2] == 0:  # grey as three channels, of which OpenCV would make three
+        return np.stack([shrink(array[..., 0], longest_side)] * 3, axis=-1)
     return cv2.resize(array, size, interpolation=cv2.INTER_NEAREST_EXACT if is_mask else cv2.INTER_AREA)
 
 
@@ -301,13 +305,11 @@ def statistics_inside(image: np.ndarray, view: np.ndarray) -> Statistics:
         count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + (pixels**2).sum(axis=0)
     mean = total / max(count, 1)
     deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 0))
-    deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-3)] = 1.0  # a thousandth of full scale
+    deviation[deviation < (0.255 if image.dtype == np.uint8 else 1e-6)] = 1.0  # what rounding may leave
     return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def normalise(
-    image: np.ndarray, view: np.ndarray | None = None, statistics: Statistics | None = None, kind: str = "image"
-) -> np.ndarray:
+def normalise(image: np.ndarray, view=None, statistics: Statistics | None = None, kind: str = "image") -> np.ndarray:
     """Scale an image, uint8 or float32 (H, W, 3), to mean 0 and standard deviation 1 in each channel: finite float32.
 
     Outside `view`, bool (H, W), by default its `field_of_view`, it is 0; a patch takes the whole image's `statistics`.

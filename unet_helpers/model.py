@@ -1,7 +1,7 @@
 """The U-Net, block by block: activations, double convolution, down, up with its skip connection, and the network.
 
 Source: Ronneberger et al. 2015, arXiv:1505.04597. `UNet(1, 2, padding="valid", norm="none")` is the paper's network
-exactly; the defaults are what is used today: padding that keeps the size, and batch normalisation.
+but for its drop-out; the defaults are what is used today: padding that keeps the size, and batch normalisation.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unet_helpers.config import ModelConfig, UserError, need, one_line
-from unet_helpers.system import read_tensors
+from unet_helpers.system import memory_format, read_tensors
 
 
 class _PySiLUFunction(torch.autograd.Function):
@@ -229,7 +229,7 @@ def pad_to_multiple(x: torch.Tensor, stride: int) -> torch.Tensor:
 
 def forward_whole(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Logits at the size of the images; for valid convolutions the image is first continued by mirroring."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format(images.device))
     if not model.border:
         return model(images).float()
     height, width = images.shape[-2:]

@@ -36,21 +36,19 @@ VIEWS["all"] = [(axes, turned) for turned in (False, True) for axes, _ in MIRROR
 def find_views(config: Config, flips: bool | str) -> bool | str:
     """Which `VIEWS` to average over: those that training has shown; `UserError` for `rotations` that it has not."""
     shown, angle = config.augmentation.flips, config.augmentation.rotation
-    if flips == "rotations" and angle < 90:
-        raise UserError(f"--rotations: the run was trained with augmentation.rotation {angle}, below 90: leave it out.")
+    if flips == "rotations" and angle < (90 if shown is True else 180):  # both mirror images make a half turn
+        raise UserError(f"--rotations: augmentation.rotation was {angle} in training, which is too small: drop it.")
     return {False: "turns", True: "all"}[bool(shown)] if flips == "rotations" else flips and shown
 
 
 @torch.inference_mode()
-def predict_probabilities(
-    model: nn.Module, image: Tensor, flips: bool | str = True, tile: int = TILE, size: tuple[int, int] | None = None
-) -> Tensor:
+def predict_probabilities(model: nn.Module, image: Tensor, flips=True, tile: int = TILE, size=None) -> Tensor:
     """Probabilities for an image, float32 (C, H, W), of any size, normalised as in training, on the model's device.
 
     The model is in evaluation mode. `flips`, a key of `VIEWS`, says what is averaged over (test-time augmentation); at
     most `tile` pixels a side go through the network at once. If it knows a `view_diameter`, see `Run`, the image is
-    scaled to that, and the probabilities back. Returns float32 (H, W), by sigmoid, or (K, H, W), by softmax, of `size`,
-    by default the image's own; outside the field of view background is certain.
+    scaled to that, and the probabilities back. Returns float32 (H, W), by sigmoid, or (K, H, W), by softmax, of `size`
+    (height, width), by default the image's own; outside the field of view background is certain.
     """
     size = tuple(size or image.shape[-2:])
     factor = scale_of(model, (image != 0).any(0).cpu().numpy())
@@ -82,7 +80,7 @@ def average(model: nn.Module, image: Tensor, flips: bool | str, tile: int, odd: 
         seen = probabilities(predict_logits(model, view.mT if turned else view, tile))[0]
         total = total + (seen.mT if turned else seen).flip(axes)[..., :end, :]
     probability = total / len(VIEWS[flips])
-    outside = (image == 0).all(0)[:end]  # as `images.normalise` leaves it; nothing there was ever trained on
+    outside = (image == 0).all(0)[:end]  # as `images.normalise` leaves it; there the network sees nothing
     probability[..., outside] = 0
     if probability.ndim == 3:
         probability[0, outside] = 1
@@ -121,7 +119,7 @@ def tiling(model: nn.Module, tile: int, spare: int = 0) -> tuple[int, int]:
 def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min_size: int) -> Iterator:
     """Rows of a picture as large as the disk, and what `predict_image` and `drop_specks` give there, strip by strip.
 
-    Where the network takes the picture smaller, it is reduced first and predicted as a whole.
+    Where the network takes the picture smaller, it is reduced first and predicted as a whole; it is never enlarged.
     """
     model, data, small = run.model, run.config.data, None
     view, (height, width) = images.field_of_view(picture), picture.shape[:2]
@@ -152,27 +150,17 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
 
 
 def predict(
-    run: Path | str,
-    paths: list[Path | str],
-    output: Path | str,
-    flips: bool | str = True,
-    device: str = "auto",
-    truth: Path | str | None = None,
-    gif: bool = False,
-    quiet: bool = False,
-    min_size: int = 0,
-    max_pixels: int | None = None,
+    run, paths: list, output, flips=True, device="auto", truth=None, gif=False, quiet=False, min_size=0, max_pixels=None
 ) -> list[Path]:
-    """Predict images and write, for each, `<stem>_mask.png` and `<stem>_probability.png` (16 bit).
+    """Predict image files, or folders of them, and write `<stem>_mask.png` and `<stem>_probability.png` (16 bit) each.
 
     A binary mask holds 0 and 255, or the two colours of the masks trained on. With several classes it holds class
     indices, in the colours of the masks trained on if they had any, `<stem>_color.png` shows them in the colours that
-    `legend.png` explains, and the probability is that of the class chosen. `paths` are image files or folders of them;
-    `flips` averages over the mirror images that training has shown, `rotations` also over quarter turns; for `min_size`
-    see `drop_specks`, for `max_pixels` `open_image`. `truth`, a mask or a folder of masks of these names, adds
-    `<stem>_errors.png`, and `gif` a `<stem>.gif` of image, probability and mask in turn. Pictures of more than `LARGE`
-    pixels are predicted strip by strip and give tiled TIFFs instead of PNGs. Returns the paths of the masks; raises
-    `UserError`, before anything is written, if input or output cannot be used.
+    `legend.png` explains, and the probability is that of the class chosen. `flips` averages over the mirror images that
+    training has shown, "rotations" also over quarter turns; `min_size` as in `drop_specks`, `max_pixels` `open_image`.
+    `truth`, a mask or a folder of masks of these names, adds `<stem>_errors.png`, and `gif` a `<stem>.gif` of image,
+    probability and mask in turn. Pictures of more than `LARGE` pixels are predicted strip by strip and give tiled
+    TIFFs. Returns the masks' paths; `UserError`, before anything is written, if input or output cannot be used.
     """
     inputs = find_inputs(paths)
     folders = {os.path.dirname(os.path.realpath(path)) for path in [*inputs, *([truth] if truth else [])]}
@@ -190,7 +178,7 @@ def predict(
         if path in truths and truths[path].shape != size:
             raise UserError(f"{path}: its ground truth has another size, {truths[path].shape} instead of {size}.")
     output = make_folder(Path(output))
-    model = opened.model.to(target, memory_format=torch.channels_last)
+    model = opened.model.to(target)
     if config.model.num_classes > 1:
         names = class_names(config.data, config.model.num_classes)
         legend = Figure(figsize=(2.5, 0.3 + 0.25 * len(names)))
@@ -214,9 +202,7 @@ def predict(
     return [output / f"{path.stem}_mask.{'tif' if path in large else 'png'}" for path in inputs]
 
 
-def predict_image(
-    model: nn.Module, image: np.ndarray, device: torch.device, flips: bool | str = True, data: DataConfig | None = None
-) -> Tensor:
+def predict_image(model: nn.Module, image: np.ndarray, device, flips=True, data: DataConfig | None = None) -> Tensor:
     """`predict_probabilities` of a picture, see `read_image`, at its size, prepared as `data` or its defaults say."""
     data = data or DataConfig()
     normalised = images.normalise(images.shrink(image, data.longest_side), kind=data.normalisation)
@@ -254,9 +240,7 @@ def drop_specks(probability: Tensor, threshold: float | None, min_size: int) -> 
     return torch.where(specks, certain.to(probability), probability)
 
 
-def render(
-    probability: Tensor, threshold: float | None = None, palette: tuple[str, ...] | None = None
-) -> tuple[np.ndarray, dict[str, bytes]]:
+def render(probability: Tensor, threshold: float | None = None, palette=None) -> tuple[np.ndarray, dict[str, bytes]]:
     """Class indices uint8 (H, W), and what shows them as files, by ending; a binary mask, but for a palette, as 255."""
     classes, levels = classify(probability, threshold)
     scale = 255 if probability.ndim == 2 and not palette else 1

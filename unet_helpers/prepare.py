@@ -124,14 +124,14 @@ def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixel
         f"sizes (width×height): {common}{', ...' if len(sizes) > 3 else ''}",
         f"mask values: {meaning}{overrule}",
         f"pixels: {', '.join(shares)}; ignored {pixels[IGNORE] / pixels.sum():.1%} of all",
-        *(f"{split}: {len(names)} images in {len(set(names))} groups" for split, names in groups.items()),
+        *(f"{split}: {len(held)} images in {len(set(held))} groups" for split, held in groups.items()),
     ]
     whole = {"carvana": 5088, "camvid": 701, "nyuv2-13": 1449, "nyuv2-40": 1449}.get(config.name, len(samples))
     if rare := [f"{names[value]} ({pixels[value]} pixels)" for value in found if pixels[value] < scored / 10_000]:
         lines.append(f"note: classes that hardly occur, perhaps by a slip of the brush: {_some(rare)}")
     if len(samples) < whole:
         lines.append(f"note: these are {len(samples)} of the {whole} images of the set")
-    sides = Counter(group for names in groups.values() for group in set(names))
+    sides = Counter(group for held in groups.values() for group in set(held))
     if torn := sorted(group for group, count in sides.items() if count > 1):
         lines.append(f"note: the standard split has frames of one film, {', '.join(torn)}, on several sides")
     if config.name == "rite":

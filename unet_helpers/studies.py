@@ -150,7 +150,7 @@ def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool
 def score_arm(run: Path) -> dict:
     """What a row says about a finished run."""
     opened, history, device, dices = load_run(run), read_history(run / "history.csv"), system.find_device(), {}
-    network, classes = opened.model.to(device, memory_format=torch.channels_last), opened.config.model.num_classes
+    network, classes = opened.model.to(device), opened.config.model.num_classes
     for split in ("train", "val"):
         names = opened.metrics["training_images"][:SOME_IMAGES]
         samples = [one for one in samples_of(opened.config, split) if split == "val" or one.name in names]
@@ -277,17 +277,17 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     waits = np.diff(moments)[::2][warmup:]  # for data, then follows the step
     totals = np.diff(moments[::2])[warmup:]
 
-    plain = build_model(config.model).to(device, memory_format=torch.channels_last).eval()
+    plain = build_model(config.model).to(device).eval()
     image = torch.randn(3, *size, device=device)
     samples, turns = cycle(patches.decoded.samples), cycle(range(len(patches.decoded)))
     timed = partial(system.measure, device=device, steps=steps, warmup=warmup)
     result = {"device": system.describe_device(device), "precision": accelerator.mixed_precision}
-    result |= {"parameters": count_parameters(plain), "batch_size": settings.batch_size}
-    result |= {"patch_size": config.augmentation.patch_size, "image_size": list(size)}
+    result |= {"parameters": count_parameters(plain), "batch_size": settings.batch_size, "image_size": list(size)}
+    result["patch_size"] = config.augmentation.patch_size
     result |= {"training_step_seconds": system.spread(totals), "data_seconds": system.spread(waits)}
-    result |= {"data_share": float(waits.sum() / totals.sum())}
+    result["data_share"] = float(waits.sum() / totals.sum())
     result |= {"images_per_second": system.spread(settings.batch_size / totals)}
-    result["decode_seconds"] = timed(lambda: draw_once.cache_clear() or decode(next(samples), config.data.longest_side))
+    result["decode_seconds"] = timed(lambda: draw_once.cache_clear() or decode(next(samples), config))
     result["cached_seconds"] = timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]])
     result["predict_seconds"] = timed(lambda: predict_probabilities(plain, image, False))
     result["predict_flips_seconds"] = timed(lambda: predict_probabilities(plain, image))

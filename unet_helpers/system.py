@@ -39,13 +39,13 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`; `UserError` for fp16 without a CUDA GPU.
+    """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`; `UserError` if it cannot compute in that.
 
     `auto` asks what the hardware computes in natively: a T4 (compute capability 7.5) emulates bf16, slowly, so below
     capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions.
     """
-    if name == "fp16" and device.type != "cuda":
-        raise UserError(f"training.precision is fp16, but {device.type} is no CUDA GPU; use auto, fp32 or bf16.")
+    if (name, device.type) in (("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")):
+        raise UserError(f"training.precision is {name}, which is not for the device {device.type}; use auto or fp32.")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -81,9 +81,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    if device.type == "mps":
-        return f"Apple GPU ({platform.processor()})"
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    cpu = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"Apple GPU ({platform.processor()})" if device.type == "mps" else cpu
 
 
 def measure(work: Callable[[], object], device: torch.device, steps: int, warmup: int) -> dict[str, float]:
@@ -93,6 +92,11 @@ def measure(work: Callable[[], object], device: torch.device, steps: int, warmup
         work()
         moments.append(clock(device))
     return spread(np.diff(moments)[warmup:])
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images best lie in memory: channels last, but not on Apple's GPU, where that has given wrong results."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def clock(device: torch.device) -> float:

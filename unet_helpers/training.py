@@ -30,7 +30,15 @@ from unet_helpers.images import view_diameter
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
 from unet_helpers.runs import LAST, Progress, load_network, load_state, new_run, save_epoch, write_history
-from unet_helpers.system import describe_device, find_device, find_precision, keep_memory, memory_is_full, write_json
+from unet_helpers.system import (
+    describe_device,
+    find_device,
+    find_precision,
+    keep_memory,
+    memory_format,
+    memory_is_full,
+    write_json,
+)
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
@@ -136,7 +144,7 @@ def finish(run: Path, config: Config, progress: Progress, accelerator, validatio
     """Choose the threshold on the validation images, as `evaluate` will see them, and write `metrics.json`."""
     metrics, device, num_classes = {}, accelerator.device, config.model.num_classes
     if accelerator.is_main_process:
-        network = load_network(run, config).to(device, memory_format=torch.channels_last)
+        network = load_network(run, config).to(device)
         native = WholeImages(validation.samples, config)
         diameters = [view_diameter(patches.decoded[index][2]) or 0 for index in range(len(patches))]
         alike = max(diameters) <= 1.1 * min(diameters)  # else, or without a round view, pictures keep their size
@@ -177,17 +185,14 @@ def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     )
 
 
-def train_step(
-    model: nn.Module, optimiser, loss_function, accelerator, images: Tensor, masks: Tensor, clip_norm: float
-) -> Tensor:
+def train_step(model, optimiser, loss_function, accelerator, images: Tensor, masks: Tensor, clip_norm: float) -> Tensor:
     """One step on this process's share of a batch; returns the loss of the whole batch, by a `SegmentationLoss`.
 
     `images` are float32 (B, C, H, W); `masks` int64 (B, H, W), 255 where nothing is learned, and cropped to the output
     where convolutions are valid. A gradient whose norm exceeds `clip_norm` is shortened to it, unless that is 0.
     """
-    device = accelerator.device  # on Apple's GPU, channels_last and asynchronous copies have given wrong results
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    images = images.to(device, memory_format=layout, non_blocking=device.type == "cuda")
+    device = accelerator.device  # to Apple's GPU, asynchronous copies have given wrong results
+    images = images.to(device, memory_format=memory_format(device), non_blocking=device.type == "cuda")
     masks = masks.to(device, non_blocking=device.type == "cuda")
     logits = model(images)
     reduce = (lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None

@@ -369,7 +369,7 @@ def test_nyuv2_trains_evaluates_and_is_prepared_end_to_end(tmp_path, small_confi
     assert scores["classes"] == NYUV2["names_13"]
     assert "these are 16 of the 1449 images" in prepare(small_config.data, tmp_path)
     small_config.model.num_classes = 12
-    with pytest.raises(UserError, match=r"labeled\.mat.*num_classes must exceed 12"):
+    with pytest.raises(UserError, match=r"labeled\.mat holds the value 12, expected.*num_classes"):
         train(small_config, tmp_path / "other", quiet=True)
 
 
@@ -393,16 +393,17 @@ def test_nyuv2_is_read_image_by_image(tmp_path):
     program = f"""
 import resource
 import h5py, torch
-from unet_helpers.config import DataConfig
+from unet_helpers.config import Config, DataConfig, ModelConfig
 from unet_helpers.datasets import decode, find_samples
 
 def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 before = memory()
-samples = find_samples(DataConfig("nyuv2-40", {str(tmp_path)!r}))
+config = Config(data=DataConfig("nyuv2-40", {str(tmp_path)!r}), model=ModelConfig(num_classes=40))
+samples = find_samples(config.data)
 for sample in [sample for sample in samples if sample.number == 700] + samples[::30]:
-    image, mask, *_ = decode(sample, None)
+    image, mask, *_ = decode(sample, config)
     assert image.shape == (480, 640, 3)
     assert (mask == (39 if sample.number == 700 else 255)).all() and (image == 7).all() == (sample.number == 700)
 print(len(samples), memory() - before)

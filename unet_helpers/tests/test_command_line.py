@@ -294,6 +294,11 @@ def test_a_home_folder_behind_an_equals_sign_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse(["predict", "run", "a.png", "--output=~/x"])
     assert args.predict.output == str(tmp_path / "x")
+    (tmp_path / "c.yaml").write_text("{seed: 5}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{seed: 6}")
+    assert parse(["train", "--config=~/c.yaml"]).train.seed == 5
+    assert parse(["train", "--resume=~/run"]).train.seed == 6
 
 
 EVALUATE, PREDICT = "evaluation.evaluate", "prediction.predict"

@@ -5,6 +5,7 @@ import yaml
 
 from unet_helpers.config import (
     RULES,
+    SECTIONS,
     Config,
     DataConfig,
     UserError,
@@ -120,6 +121,9 @@ def test_shares_may_be_nothing():
         ("training", {"learning_rate": None}, "training.learning_rate"),
         ("augmentation", {"gamma": 1.0}, "augmentation.gamma"),
         ("augmentation", {"scale": None}, "augmentation.scale"),
+        ("augmentation", {"flips": None}, r"augmentation\.flips is null, but it must be given"),
+        ("training", {"encoder_frozen": 0.5}, "it must be 0.0 for `unet`"),  # and not null, which is refused
+        ("data", {"val_share": 1.0}, "must be below 1, or a number above"),
     ],
 )
 def test_settings_that_are_null_or_just_too_large_are_named(section, values, word):
@@ -153,6 +157,33 @@ def test_every_rule_refuses_what_lies_just_outside(setting):
 
 def test_every_rule_is_tried():
     assert {setting for settings, _, _ in RULES for setting in settings.split()} <= set(JUST_OUTSIDE)
+
+
+def test_null_is_for_the_settings_that_say_so():
+    nullable = {
+        "longest_side",
+        "palette",
+        "train_limit",
+        "encoder_weights",
+        "weights",
+        "steps_per_epoch",
+        "class_weights",
+    }
+    for section in SECTIONS:
+        for name in vars(getattr(Config(), section)):
+            config = Config()
+            setattr(getattr(config, section), name, None)
+            if name in nullable:
+                check_config(config)
+            else:
+                with pytest.raises(UserError, match=rf"^{section}\.{name} is null"):
+                    check_config(config)
+
+
+def test_a_wrong_type_is_named_without_the_names_of_pythons_types():
+    with pytest.raises(UserError) as caught:
+        from_dict({"seed": "x"}, "c.yaml")
+    assert "'>" not in str(caught.value)
 
 
 def test_a_seed_beyond_what_numpy_takes_is_refused():

@@ -1,7 +1,9 @@
 import dataclasses
 import os
 import pickle
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +257,7 @@ def test_a_set_whose_first_image_is_small_is_cached_all_the_same(cached, monkeyp
     for path in (first.image, first.mask):
         Image.open(path).crop((0, 0, 16, 16)).save(path)
     config.augmentation.patch_size = 16
-    sizes = [sum(part.nbytes for part in datasets.decode(one, None)) for one in samples if one.split == "train"]
+    sizes = [sum(part.nbytes for part in datasets.decode(one, config)) for one in samples if one.split == "train"]
     monkeypatch.setattr(datasets, "MEMORY_LIMIT", len(sizes) * (sizes[0] + 1))
     patches = TrainingPatches(samples, config, quiet=True)
     assert max(sizes) > sizes[0]
@@ -284,6 +286,36 @@ def test_the_cache_is_renewed_where_a_source_has_changed_or_a_file_is_damaged(ca
     for one, other in zip(patches.decoded, again.decoded, strict=False):
         np.testing.assert_array_equal(one[0], other[0])
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]  # no half-written file stays
+
+
+def test_the_cache_is_renewed_where_the_program_reads_pictures_otherwise(cached, decodings, monkeypatch):
+    config, _ = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    samples = find_samples(config.data)
+    TrainingPatches(samples, config)
+    decodings.clear()
+    monkeypatch.setattr(datasets, "VERSION", datasets.VERSION + 1)
+    TrainingPatches(samples, config)
+    assert len(decodings) >= 4
+
+
+def test_a_class_that_is_lost_when_a_mask_is_reduced_is_refused_by_name_before_the_first_epoch(tmp_path):
+    masks = masks_of(0, 1)
+    config = folder(tmp_path / "set", masks)
+    config.data.longest_side, config.data.mask_values = 32, "classes"
+    samples = find_samples(config.data)
+    found = next(sample for sample in samples if sample.split == "val")
+    mask = np.zeros((200, 200), np.uint8)
+    Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save(found.image)
+    mask[0, 0], mask[100:, 100:] = 7, 1  # one pixel, which is gone at 32 × 32
+    Image.fromarray(mask).save(found.mask)
+    assert 7 not in datasets.images.shrink(mask, 32, is_mask=True)
+    with pytest.raises(UserError, match=rf"{re.escape(found.mask)} holds the value 7.*num_classes"):
+        WholeImages([found], config, native=False)[0]
+    monkey = WholeImages([found], config)
+    monkey.decoded.kept[0] = datasets.decode(found, replace(config, model=replace(config.model, num_classes=8)))
+    with pytest.raises(UserError, match=rf"{re.escape(found.mask)} holds the value 7"):  # as a cache made for 8 classes
+        monkey[0]
 
 
 def test_another_split_or_group_leaves_the_cache_valid(cached, decodings, monkeypatch):

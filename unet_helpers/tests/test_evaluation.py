@@ -13,7 +13,15 @@ from skimage.morphology import skeletonize
 from unet_helpers import scores as formulas
 from unet_helpers.config import DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages, find_samples, load_sample
-from unet_helpers.evaluation import choose_threshold, compare, evaluate, predictions, samples_of, score_images
+from unet_helpers.evaluation import (
+    choose_threshold,
+    compare,
+    evaluate,
+    predictions,
+    samples_of,
+    score_images,
+    score_run,
+)
 from unet_helpers.prediction import predict
 from unet_helpers.runs import load_run
 from unet_helpers.sample_data import make_retina
@@ -198,6 +206,11 @@ def test_each_of_two_runs_that_are_compared_sees_pictures_as_in_its_own_training
     data = load_config(trained_run / "config.yaml").data
     assert evaluate(other, data)["dice"] == b
     assert compare(trained_run, other, data)["difference"] == pytest.approx(a - b)
+
+
+def test_a_network_is_not_scored_against_other_classes(three_classes, folder):
+    with pytest.raises(UserError, match=r"knows background, artery, vein: not the classes of drive"):
+        score_run(three_classes, DataConfig("drive", str(folder)), "test")
 
 
 def test_an_empty_split_is_refused(trained_run, folder):

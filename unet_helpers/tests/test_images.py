@@ -25,6 +25,7 @@ from unet_helpers.images import (
     open_image,
     read_image,
     read_mask_values,
+    shrink,
     statistics_inside,
     survey_mask,
 )
@@ -110,6 +111,44 @@ def test_exif_orientation_is_followed_in_pictures_of_16_bits_too(tmp_path, turne
     assert image.dtype == np.float32  # nothing of the 16 bits is lost
     save(tmp_path / "shallow.png", (values >> 8).astype(np.uint8), exif=exif)
     np.testing.assert_allclose(image, read_image(tmp_path / "shallow.png") / 255, atol=0.01)
+    orientation = [(274, "H", 1, turned, True)]
+    tifffile.imwrite(tmp_path / "turned.tif", values, photometric="rgb", extratags=orientation)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.tif"), image)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_separate_planes_of_16_bits_are_refused_and_those_of_8_read(tmp_path, compression):
+    options = {"photometric": "rgb", "planarconfig": "separate", "compression": compression}
+    tifffile.imwrite(tmp_path / "deep.tif", np.moveaxis(COLOUR, -1, 0).astype(np.uint16) * 257, **options)
+    with pytest.raises(UserError, match=r"deep\.tif.*separate planes"):
+        read_image(tmp_path / "deep.tif")
+    tifffile.imwrite(tmp_path / "shallow.tif", np.ascontiguousarray(np.moveaxis(COLOUR, -1, 0)), **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "shallow.tif"), COLOUR)
+
+
+def test_one_hot_pixel_does_not_set_the_scale_of_a_deep_picture(tmp_path):
+    values = RNG.normal(400, 30, (200, 200)).round().astype(np.uint16)
+    plain = normalise(read_image(save(tmp_path / "plain.tif", values)))
+    values[70, 80] = 65535
+    image = read_image(save(tmp_path / "hot.tif", values))
+    assert image.min() == 0
+    assert image.max() == 1
+    hot = normalise(image)
+    assert abs(hot[:50].std() - plain[:50].std()) < 0.05
+    assert abs(hot.std() - 1) < 1e-3
+
+
+def test_a_picture_that_hardly_varies_is_normalised_all_the_same():
+    image = np.full((30, 40, 3), 0.5, np.float32)
+    image[:, 20:] += 2e-4
+    assert abs(normalise(image).std() - 1) < 0.01
+    assert (normalise(np.full((30, 40, 3), 0.5, np.float32)) == np.float32(1e-6)).all()
+
+
+def test_grey_as_three_equal_channels_is_reduced_as_one(tmp_path):
+    grey = RNG.integers(0, 256, (90, 120, 1), dtype=np.uint8)
+    thin = np.broadcast_to(grey, (90, 120, 3))
+    np.testing.assert_array_equal(shrink(thin, 40), shrink(np.ascontiguousarray(thin), 40))
 
 
 def test_whatever_is_not_a_picture_is_one_clear_line_with_its_name(tmp_path):

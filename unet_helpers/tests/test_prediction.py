@@ -296,9 +296,11 @@ def test_views_are_those_that_training_has_shown():
         return Config(augmentation=AugmentationConfig(flips=flips, rotation=rotation))
 
     assert [find_views(config(True, 180), flips) for flips in (False, True, "rotations")] == [False, True, "all"]
-    assert find_views(config(False, 90), "rotations") == "turns"
-    with pytest.raises(UserError, match="rotations"):
-        find_views(config(True, 10), "rotations")
+    assert find_views(config(False, 180), "rotations") == "turns"
+    assert find_views(config(True, 90), "rotations") == "all"  # both mirror images make the half turn
+    for flips, rotation in ((True, 10), (False, 90), ("horizontal", 90)):
+        with pytest.raises(UserError, match="rotations"):
+            find_views(config(flips, rotation), "rotations")
 
 
 def test_specks_are_removed_by_size():

@@ -140,6 +140,10 @@ def test_precision_follows_what_the_hardware_computes_in(monkeypatch):
     assert find_precision("fp16", gpu) == "fp16"
     with pytest.raises(UserError, match="fp16"):
         find_precision("fp16", torch.device("cpu"))
+    with pytest.raises(UserError, match=r"training\.precision is bf16.*mps"):
+        find_precision("bf16", torch.device("mps"))
+    assert system.memory_format(torch.device("mps")) is torch.contiguous_format
+    assert system.memory_format(gpu) is torch.channels_last
 
 
 def test_text_that_is_no_utf8_is_written_all_the_same(tmp_path):
