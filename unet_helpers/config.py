@@ -33,8 +33,7 @@ class DataConfig:
         name: `sample` (built-in synthetic retinas), a public set, or `folder` (your own images and masks).
         root: the folder below which the data lies, at any depth; unused by `sample`.
         labels: for `sample`: `vessels` (binary) or `artery_vein` (0 background, 1 artery, 2 vein).
-        mask_values: for `folder`: `binary` (not 0: foreground), `classes` (indices, 255: ignore), `colours` (each a
-            class), `auto`: found out, and written into the run's config.yaml.
+        mask_values: for `folder`: `binary` (not 0: foreground), `classes` (255: ignore), `colours`; `auto`: found out.
         palette: for `folder`: the colours of the masks, `#rrggbb`, in the order of the classes; null: found out.
         group_pattern: for `folder`: regular expression; stems of equal first group (default: up to `__`) stay together.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
@@ -222,8 +221,7 @@ def need(condition: bool, setting: str, value: object, rule: str) -> None:
     """Raise `UserError` unless the condition holds."""
     if not condition:
         shown = str(list(value) if isinstance(value, tuple) else value)
-        shown = f"{shown[:100]}..." if len(shown) > 100 else shown
-        raise UserError(f"{setting} is {shown}, but it must be {rule}.")
+        raise UserError(f"{setting} is {shown[:100]}{'...' * (len(shown) > 100)}, but it must be {rule}.")
 
 
 def check_config(config: Config) -> None:
@@ -231,7 +229,7 @@ def check_config(config: Config) -> None:
     for section, cls in SECTIONS.items():
         for name, kind in get_type_hints(cls).items():
             given = getattr(getattr(config, section), name) is not None or type(None) in get_args(kind)
-            need(given, f"{section}.{name}", "null", "given; leave the line out for the default")
+            need(given, f"{section}.{name}", "null", "given: leave the line out for the default")
     for settings, is_right, rule in RULES:
         for setting in settings.split():
             value = attrgetter(setting)(config)
@@ -244,10 +242,9 @@ def check_config(config: Config) -> None:
     if config.model.architecture == "unet":
         for setting in ("model.encoder_weights", "training.encoder_rate", "training.encoder_frozen"):
             value, default = attrgetter(setting)(config), attrgetter(setting)(Config())
-            rule = f"{'null' if default is None else default} for `unet`, which has no such encoder"
-            need(value == default, setting, value, rule)
-    full = config.model.full_resolution_skip
-    need(not full or config.model.architecture == "Unet", "model.full_resolution_skip", full, "false except for `Unet`")
+            need(value == default, setting, value, f"{json.dumps(default)} for `unet`, which has no such encoder")
+    right = config.model.architecture == "Unet" or not config.model.full_resolution_skip
+    need(right, "model.full_resolution_skip", True, "false except for `Unet`")
 
 
 def to_dict(config: Config) -> dict:
@@ -325,10 +322,9 @@ def read_yaml(path: Path | str) -> object:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such settings file.") from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read as YAML: it is nested too deeply.") from None
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError) as error:  # odd !!tags
-        raise UserError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = "it is nested too deeply." if isinstance(error, RecursionError) else one_line(error)
+        raise UserError(f"{path}: cannot be read as YAML: {reason}") from error
 
 
 def dump_config(config: Config) -> str:

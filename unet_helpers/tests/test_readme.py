@@ -42,13 +42,22 @@ def test_the_table_of_classes_holds_the_numbers_of_the_run_on_rite():
     assert f"{artery[0] / sum(artery):.0%} of an\nartery's pixels and {vein[1] / sum(vein):.0%} of a vein's" in TEXT
 
 
-@pytest.mark.parametrize("name", ["drive-cpu-20min", "rite"])
-def test_a_reference_run_is_whole_and_its_parts_agree(name):
+def test_the_numbers_of_the_run_on_camvid_stand_in_the_text():
+    scores = json.loads((ROOT / "checkpoints" / "camvid" / "metrics.json").read_text())["test"]
+    text = " ".join(TEXT.split())
+    assert f"Mean IoU **{scores['iou']:.4f}** on the {scores['n_images']} test frames" in text
+    pairs = zip(scores["classes"], scores["per_class"]["iou"], strict=True)
+    assert ", ".join(f"{name} {value:.4f}" for name, value in pairs) in text
+    assert f"it is {scores['per_group']['Seq05VD']['iou']:.4f} (171 frames of Seq05VD)" in text
+
+
+@pytest.mark.parametrize(("name", "most"), [("drive-cpu-20min", 600_000), ("rite", 600_000), ("camvid", 4_000_000)])
+def test_a_reference_run_is_whole_and_its_parts_agree(name, most):
     run = ROOT / "checkpoints" / name
     assert all((run / file).is_file() for file in PUBLISHED)
     opened = load_run(run)
     history = read_history(run / "history.csv")
-    assert count_parameters(opened.model) == opened.metrics["parameters"] <= 600_000
+    assert count_parameters(opened.model) == opened.metrics["parameters"] <= most
     assert opened.metrics["best_epoch"] == max(history, key=lambda row: row["val_dice"])["epoch"]
     assert opened.metrics["steps"] == history[-1]["step"]
     assert opened.config.data.root == "data"
