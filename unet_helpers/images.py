@@ -40,7 +40,7 @@ Image.init()
 FORMATS = sorted(Image.OPEN.keys() - {"EPS", "IPTC"})  # a program for Ghostscript, and what may hold one
 # What Pillow's plug-ins, tifffile and NumPy raise for files that are damaged, or something else.
 DAMAGE = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError)
-DAMAGE = (*DAMAGE, TypeError, ValueError, struct.error, zlib.error)
+DAMAGE = (*DAMAGE, TypeError, ValueError, struct.error, zlib.error, tifffile.TiffFileError)
 LARGE = 2**25  # pixels; larger pictures are predicted strip by strip
 STRIP = 512  # rows that are worked on at a time
 VIEW_SIDE = 2048  # pixels; in larger pictures only every second pixel, or third, is asked for the field of view

@@ -20,6 +20,10 @@ from unet_helpers.runs import COLUMNS, Progress, export, load_run, read_history
 from unet_helpers.sample_data import make_retina
 from unet_helpers.system import read_tensors, write_tensors
 
+needs_torch_29 = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < (2, 9), reason="needs torch 2.9"
+)
+
 
 @pytest.fixture
 def run(trained_run, tmp_path):
@@ -204,7 +208,7 @@ def test_runs_whose_classes_have_other_colours_are_no_ensemble(ensemble):
         load_run(ensemble)
 
 
-@pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < (2, 9), reason="needs torch 2.9")
+@needs_torch_29
 def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path):
     export(trained_run, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -222,6 +226,7 @@ def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@needs_torch_29
 def test_what_is_exported_gives_a_probability_for_each_class(three_classes, tmp_path, monkeypatch):
     """The network that is handed to torch's exporter, which is trusted to keep it."""
     exported = []
