@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -24,7 +25,7 @@ from unet_helpers.datasets import Sample, find_samples, load_sample
 from unet_helpers.images import Colours, orientation, shrink
 from unet_helpers.pairing import SPLITS
 from unet_helpers.plots import CELL, contact_sheet, overlay, to_png
-from unet_helpers.system import make_folder, write_error, write_table, write_whole
+from unet_helpers.system import make_folder, whole_file, write_error, write_table, write_whole
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
@@ -73,9 +74,10 @@ def prepare(config: DataConfig, output: Path, download: bool = False) -> str:
             shown[f"{sample.name} ({sample.split})"] = shrink(image, CELL), shrink(mask, CELL, is_mask=True)
     make_folder(output)
     paths = {split: output / f"{config.name}_{split}.csv" for split in SPLITS}
-    for split, path in paths.items():
-        rows = (vars(sample) for sample in samples if sample.split == split)
-        write_table(path, COLUMNS, [row | {name: _listed(row[name], output) for name in COLUMNS[:3]} for row in rows])
+    rows = [vars(one) | {name: _listed(getattr(one, name), output) for name in COLUMNS[:3]} for one in samples]
+    with ExitStack() as lists:  # they take their places when all of them are written
+        for split, path in paths.items():
+            write_table(lists.enter_context(whole_file(path)), COLUMNS, [row for row in rows if row["split"] == split])
     known = samples[0].meaning.values() if isinstance(samples[0].meaning, dict) else ()
     names = class_names(config, 1 + max({0, *np.flatnonzero(pixels).tolist(), *known} - {IGNORE}))
     paths["sheet"] = output / f"{config.name}_sheet.png"

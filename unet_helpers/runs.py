@@ -248,4 +248,4 @@ def read_history(path: Path | str) -> list[dict]:
             rows = list(csv.DictReader(file))
         return [{name: None if row[name] == "" else kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a training history: {error}") from None
+        raise UserError(f"{path}: cannot be read as a training history: {one_line(error)}") from None

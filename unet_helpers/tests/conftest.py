@@ -6,6 +6,8 @@ import torch
 from unet_helpers.config import AugmentationConfig, Config, DataConfig, ModelConfig, TrainingConfig
 from unet_helpers.training import train
 
+SMALL_ENCODER = "tu-mobilenetv3_small_050"  # of smp's encoders; a fortieth of resnet18
+
 
 def make_small_config() -> Config:
     """A network that trains in a second: two epochs of three steps on 64-pixel retinas."""

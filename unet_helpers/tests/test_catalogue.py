@@ -391,22 +391,19 @@ def test_nyuv2_is_read_image_by_image(tmp_path):
             scenes[0, number] = file.create_dataset(f"#refs#/{number}", data=[[number + 1]], dtype="u2").ref
     assert path.stat().st_size > 3e9
     program = f"""
-import resource
 import h5py, torch
 from unet_helpers.config import Config, DataConfig, ModelConfig
 from unet_helpers.datasets import decode, find_samples
+from unet_helpers.system import peak_memory
 
-def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-before = memory()
+before = peak_memory()
 config = Config(data=DataConfig("nyuv2-40", {str(tmp_path)!r}), model=ModelConfig(num_classes=40))
 samples = find_samples(config.data)
 for sample in [sample for sample in samples if sample.number == 700] + samples[::30]:
     image, mask, *_ = decode(sample, config)
     assert image.shape == (480, 640, 3)
     assert (mask == (39 if sample.number == 700 else 255)).all() and (image == 7).all() == (sample.number == 700)
-print(len(samples), memory() - before)
+print(len(samples), (peak_memory() - before) * 1024)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     count, megabytes = map(float, result.stdout.split())

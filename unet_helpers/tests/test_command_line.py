@@ -14,7 +14,7 @@ from PIL import Image
 
 from unet_helpers import training
 from unet_helpers.__main__ import COMMANDS, main, parse
-from unet_helpers.config import dump_config, load_config
+from unet_helpers.config import RunError, dump_config, from_parsed, load_config
 from unet_helpers.sample_data import make_retina
 
 SMALL = [
@@ -51,6 +51,8 @@ def test_train_evaluate_predict_benchmark_one_after_the_other(tmp_path, capsys, 
     run = str(tmp_path / "run")
     assert main(["train", "--run", run, *SMALL]) == 0
     assert "Validation Dice" in capsys.readouterr().out
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.training.epochs, config.model.widths, config.data.sample_images) == (1, (4, 8), (4, 2, 2))
     assert main(["evaluate", run, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert 0 <= scores["dice"] <= 1
@@ -64,17 +66,6 @@ def test_train_evaluate_predict_benchmark_one_after_the_other(tmp_path, capsys, 
     assert result["predict_seconds"]["low"] <= result["predict_seconds"]["median"] <= result["predict_seconds"]["high"]
     assert 0 < result["data_share"] < 1
     assert result["peak_memory_gib"] > 0
-
-
-def test_a_flag_wins_over_the_file(tmp_path, small_config, capsys):
-    (tmp_path / "c.yaml").write_text(dump_config(small_config))
-    run = tmp_path / "run"
-    flags = ["--config", str(tmp_path / "c.yaml"), "--training.epochs", "1", "--run", str(run)]
-    assert main(["train", *flags]) == 0
-    config = load_config(run / "config.yaml")
-    assert config.training.epochs == 1
-    assert config.seed == small_config.seed
-    assert config.model == small_config.model
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path, small_config, monkeypatch, capsys):
@@ -143,7 +134,7 @@ def wrong_inputs(tmp_path, folder, run):
         if name == "empty folder":
             shutil.rmtree(images)
             shutil.rmtree(masks)
-            return train, "set"
+            return train, f"{folder}: no pictures"
         if name == "misspelt key":
             (tmp_path / "c.yaml").write_text("training:\n  epoch: 3\n")
             return [*train, "--config", str(tmp_path / "c.yaml")], "epoch"
@@ -229,16 +220,18 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, trained_run, folde
     assert "locked" in capsys.readouterr().err
 
 
-def test_the_program_itself_ends_with_these_exit_codes(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "unet_helpers", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+def test_help_names_each_setting_and_what_it_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    helped = capsys.readouterr().out
+    assert "--training.learning_rate" in helped
+    assert "Peak learning rate" in helped or "peak learning rate" in helped
 
-    helped = run("train", "--help")
-    assert helped.returncode == 0
-    assert "--training.learning_rate" in helped.stdout
-    assert "Peak learning rate" in helped.stdout or "peak learning rate" in helped.stdout
-    wrong = run("evaluate", "nowhere")
+
+def test_the_program_itself_ends_with_the_exit_code_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "unet_helpers", "evaluate", "nowhere"]
+    wrong = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "nowhere" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -251,12 +244,15 @@ def test_interrupting_a_training_says_so_and_leaves_a_run_to_resume(tmp_path):
     # A shell's background jobs, these tests among them perhaps, are started with the signal switched off.
     process = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     started = time.monotonic()
-    while not (tmp_path / "run" / "state" / "last.safetensors").exists():
-        assert time.monotonic() - started < 120
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    try:
+        while not (tmp_path / "run" / "state" / "last.safetensors").exists():
+            assert time.monotonic() - started < 120
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()  # does nothing to one that has ended
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("error: interrupted")
     assert "Traceback" not in errors
@@ -270,16 +266,31 @@ def test_a_flag_wins_over_the_file_wherever_it_stands(tmp_path, small_config, or
     parts = [["--training.epochs", "3"], ["--config", str(tmp_path / "c.yaml")]]
     args = parse(["train", *parts[order[0]], *parts[order[1]]])
     assert (args.train.training.epochs, args.train.seed) == (3, 3)
+    assert from_parsed(args.train.as_dict()).model == small_config.model
 
 
-def test_full_memory_outside_training_ends_in_one_line(monkeypatch, capsys):
-    def full(*_):
-        """Like an evaluation for which the memory does not suffice."""
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RunError("a.png: could not be written;\nmake room."), "a.png: could not be written; make room."),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+            "the memory is full:",
+        ),
+        (MemoryError(), "the memory is full:"),
+    ],
+)
+def test_what_fails_while_running_ends_in_one_line_and_exit_code_1(monkeypatch, capsys, error, words):
+    def fail(*_):
+        """Like an evaluation for which memory or disk do not suffice."""
+        raise error
 
-    monkeypatch.setitem(COMMANDS, "evaluate", full)
+    monkeypatch.setitem(COMMANDS, "evaluate", fail)
     assert main(["evaluate", "run"]) == 1
-    assert "memory is full" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {words}")
+    assert captured.err.count("\n") == 1
 
 
 def test_output_that_nobody_reads_ends_quietly(trained_run):

@@ -138,15 +138,24 @@ def test_without_anything_to_find_scores_are_undefined_with_a_reason(trained_run
     assert scores["dice"] == 0  # something was found where there is nothing
 
 
-def test_pixels_marked_255_never_count(trained_run, folder):
+def test_pixels_marked_255_never_count(trained_run, folder, tmp_path):
     """All labels outside a small window set to 255: the scores are those of the window."""
+    predict(trained_run, [folder / "test" / "images"], tmp_path / "out", quiet=True)
+    truth, grey = [], []
     data = DataConfig(name="folder", root=str(folder), mask_values="classes")
     for path in (folder / "test" / "masks").iterdir():
         mask = np.array(Image.open(path))
         window = np.full_like(mask, 255)
         window[20:40, 20:50] = mask[20:40, 20:50]
         Image.fromarray(window).save(path)
-    assert evaluate(trained_run, data)["n_pixels"] == 3 * 20 * 30
+        truth.append(mask[20:40, 20:50])
+        grey.append(np.array(Image.open(tmp_path / "out" / f"{path.stem}_probability.png"))[20:40, 20:50])
+    truth, grey, scores = np.ravel(truth), np.ravel(grey), evaluate(trained_run, data)
+    said = grey >= scores["threshold"] * 65535
+    assert scores["n_pixels"] == 3 * 20 * 30
+    assert scores["dice"] == pytest.approx(sklearn.metrics.f1_score(truth, said))
+    assert scores["accuracy"] == pytest.approx((truth == said).mean())
+    assert scores["roc_auc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, grey))
 
 
 def test_several_classes(small_config, tmp_path):
@@ -188,6 +197,16 @@ def test_a_run_compared_with_itself_is_not_better(trained_run):
     assert not result["better"]
 
 
+def test_runs_that_saw_other_images_or_classes_cannot_be_compared(trained_run, three_classes, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "run")
+    config = load_config(trained_run / "config.yaml")
+    config.data.sample_images = (5, 3, 2)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    for other in (tmp_path / "run", three_classes):
+        with pytest.raises(UserError, match=f"{other} cannot be compared"):
+            compare(trained_run, other)
+
+
 def test_two_runs_differ_by_the_difference_of_their_scores(trained_run, small_config, tmp_path):
     small_config.training = replace(small_config.training, epochs=1, steps_per_epoch=1, learning_rate=1e-9)
     train(small_config, tmp_path / "untrained", quiet=True)
@@ -215,7 +234,7 @@ def test_a_network_is_not_scored_against_other_classes(three_classes, folder):
 
 def test_an_empty_split_is_refused(trained_run, folder):
     shutil.rmtree(folder / "test")
-    with pytest.raises(UserError, match="test"):
+    with pytest.raises(UserError, match="split test holds no images"):
         evaluate(trained_run, DataConfig(name="folder", root=str(folder), test_share=0.0))
 
 
@@ -302,12 +321,16 @@ def test_classes_absent_from_the_truth_are_left_out_and_named(three_classes, tmp
         assert low <= value <= high
 
 
-def test_an_image_that_is_all_void_changes_no_score(three_classes, tmp_path):
-    masks = [make_retina(number, 64).artery_vein for number in range(2)]
-    plain = evaluate(three_classes, write_classes(tmp_path / "a", masks))
-    void = evaluate(three_classes, write_classes(tmp_path / "b", [*masks, np.full((64, 64), 255, np.uint8)]))
-    for name in ("dice", "iou", "accuracy", "mcc", "confusion", "per_class", "n_pixels", "mean_image_dice"):
-        np.testing.assert_equal(void[name], plain[name], name)
+def test_an_image_that_is_all_void_changes_no_score(trained_run, three_classes, tmp_path):
+    for run, kind, own in ((three_classes, "artery_vein", ("confusion", "per_class")), (trained_run, "vessels", ())):
+        masks, folder = [getattr(make_retina(number, 64), kind) for number in range(2)], tmp_path / kind
+        plain = evaluate(run, write_classes(folder / "a", masks))
+        void = evaluate(run, write_classes(folder / "b", [*masks, np.full((64, 64), 255, np.uint8)]))
+        for name in ("dice", "iou", "accuracy", "mcc", "cldice", "roc_auc", "n_pixels", "mean_image_dice", *own):
+            np.testing.assert_equal(void[name], plain[name], name)
+        *seen, nothing = void["per_image_dice"].values()
+        assert seen == list(plain["per_image_dice"].values())
+        assert np.isnan(nothing)
 
 
 def test_scores_by_group_are_those_of_its_images_alone(trained_run, three_classes, tmp_path):

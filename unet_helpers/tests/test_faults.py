@@ -40,7 +40,8 @@ from unet_helpers.training import train
 
 KILLS = 22
 WEIGHTS, LAST = "model.safetensors", "state/last.safetensors"
-forks = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs processes made by fork")
+loaders_fork = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs loader workers by fork")
+can_fork = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs os.fork")
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def litter(folder: Path) -> list[Path]:
 
 
 # ---- training
-@forks
+@can_fork
 def test_a_run_killed_at_any_of_many_moments_ends_with_the_same_weights(config, whole, tmp_path):
     """`kill -9`, by the process itself, before its n-th step of training or of writing a file, n drawn at random."""
     rng, kills, finished, in_a_row = np.random.default_rng(0), 0, 0, 0
@@ -89,6 +90,7 @@ def test_a_run_killed_at_any_of_many_moments_ends_with_the_same_weights(config, 
         moment = int(rng.integers(1, 16)) if in_a_row < 8 and kills < KILLS else 10**9
         child = os.fork()
         if not child:
+            signal.alarm(120)  # ends it, should it wait for a lock that a thread held while it was made
             count = itertools.count(1)
 
             def counted(real, count=count, moment=moment):
@@ -216,6 +218,33 @@ def test_a_file_system_that_is_really_full(tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
+def test_a_file_larger_than_the_system_allows(tmp_path):
+    """A real refusal that needs no privileges: EFBIG."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_whole(tmp_path / "a", b"a" * 40_000)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, limits[1]))
+        with pytest.raises(RunError, match=r"a: could not be written .*make room"):
+            write_whole(tmp_path / "a", b"b" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "a").read_bytes() == b"a" * 40_000
+    assert os.listdir(tmp_path) == ["a"]
+    write_whole(tmp_path / "a", b"b" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ENOSPC", RunError), ("EDQUOT", RunError), ("EIO", RunError), ("EACCES", UserError), ("EROFS", UserError)],
+)
+def test_a_full_disk_asks_for_room_and_a_closed_one_for_another_place(tmp_path, name, kind):
+    error = system.write_error(tmp_path / "a", OSError(getattr(errno, name), "why"))
+    assert type(error) is kind
+    words = "could not be written (why); make room" if kind is RunError else "cannot be written (why); choose another"
+    assert str(error).startswith(f"{tmp_path / 'a'}: {words}")
+
+
 def test_a_checkpoint_folder_with_a_file_in_the_way(config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state").write_text("mine")
@@ -224,7 +253,7 @@ def test_a_checkpoint_folder_with_a_file_in_the_way(config, tmp_path, capsys):
     assert (tmp_path / "run" / "state").read_text() == "mine"
 
 
-@forks
+@loaders_fork
 @pytest.mark.parametrize("how", ["dies", "misses a file", "fills the disk"])
 def test_a_loader_worker_that_fails_is_told_in_one_line(config, whole, tmp_path, monkeypatch, how):
     real, parent = TrainingPatches.__getitem__, os.getpid()
@@ -271,19 +300,19 @@ def test_gradients_that_are_no_numbers_stop_training_before_they_are_saved(confi
     assert same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("wait", [2.0, 5.0])
-def test_ctrl_c_while_torch_is_imported(tmp_path, wait):
+@pytest.mark.parametrize("package", ["jsonargparse", "torch"])
+def test_ctrl_c_while_packages_are_imported(tmp_path, package):
     code = f"""
-import builtins, os, runpy, signal, sys, threading, time
+import builtins, os, runpy, signal, sys, time
 real = builtins.__import__
-def slow(name, *rest, **more):
-    if name == "torch":
-        time.sleep(9)
+def interrupted(name, *rest, **more):
+    if name == "{package}":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
     return real(name, *rest, **more)
-builtins.__import__ = slow
+builtins.__import__ = interrupted
 sys.argv = ["unet_helpers", "evaluate", "none"]
 signal.signal(signal.SIGINT, signal.default_int_handler)
-threading.Timer({wait}, os.kill, (os.getpid(), signal.SIGINT)).start()
 runpy.run_module("unet_helpers", run_name="__main__", alter_sys=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
@@ -351,6 +380,7 @@ def test_a_download_that_fails(tmp_path, monkeypatch, capsys, error):
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert str(root) in told
+    assert "zionfuo/drive2004" in told  # where to get it by hand
     assert list(tmp_path.iterdir()) == []
 
 

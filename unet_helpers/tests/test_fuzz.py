@@ -284,29 +284,29 @@ VALUES = (
 DEEP, BOMB = "[" * 500, "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))
 
 
-def changed_yaml(text: str, count: int, seed: int):
-    """YAML texts with one line changed; each fourth is damaged as any file may be, one in fifty hostile."""
-    rng, lines = np.random.default_rng(seed), text.splitlines()
-    rough = mutants(text.encode(), count, seed)
-    hostile = [
+def hostile_yaml(text: str) -> list[bytes]:
+    """What nests too deeply, unfolds to too much, or would run something."""
+    texts = [
         DEEP, f"x: {DEEP}", "a0: &a0 [x, x]\n" + BOMB, f"{text}\na0: &a0 [x, x]\n{BOMB}", "9" * 5000,
         f"seed: {'9' * 5000}", "&a [*a]", "a: &a\n  b: *a", "{" * 500, "- " * 400 + "x", "? " * 400 + "x",
         "!!python/object/new:os.system [true]", "a0: &a0 {x: 1}\n" + BOMB.replace("[", "{<<: [").replace("]", "]}"),
         "data: &a\n  root: *a",
     ]  # fmt: skip
+    return [text.encode() for text in texts]
+
+
+def changed_yaml(text: str, count: int, seed: int):
+    """YAML texts with one line changed; each fourth is damaged as any file may be."""
+    rng, lines = np.random.default_rng(seed), text.splitlines()
+    rough, values = mutants(text.encode(), count, seed), itertools.cycle(VALUES)
     for number in range(count):
-        if number % 50 == 7:
-            yield hostile[number // 50 % len(hostile)].encode()
-            continue
         if number % 4 == 3:
             yield next(rough)
             continue
         place, kind, new = int(rng.integers(len(lines))), rng.integers(8), list(lines)
         key, colon, _ = new[place].partition(":")
         if kind <= 4:
-            new[place] = (
-                f"{key}{colon} {VALUES[number % len(VALUES)]}" if colon else f"{key[:4]}{VALUES[number % len(VALUES)]}"
-            )
+            new[place] = f"{key}{colon} {next(values)}" if colon else f"{key[:4]}{next(values)}"
         elif kind == 5:
             new.insert(place, lines[int(rng.integers(len(lines)))])
         elif kind == 6:
@@ -317,8 +317,9 @@ def changed_yaml(text: str, count: int, seed: int):
 
 
 def test_settings(tmp_path):
-    path, verdicts = tmp_path / "my.yaml", []
-    for content in changed_yaml(dump_config(Config()), COUNTS["config.yaml"], 4):
+    path, verdicts, text = tmp_path / "my.yaml", [], dump_config(Config())
+    hostile = hostile_yaml(text)
+    for content in [*hostile, *changed_yaml(text, COUNTS["config.yaml"], 4)]:
         path.write_bytes(content)
 
         def look():
@@ -327,6 +328,7 @@ def test_settings(tmp_path):
             json.dumps(asdict(config), allow_nan=False)  # no setting is left that JSON cannot hold
 
         verdicts.append(refused(look, "my.yaml"))
+    assert all(verdicts[: len(hostile)])
     assert {True, False} == set(verdicts)
 
 
@@ -364,8 +366,8 @@ arms:
 
 
 def test_grids_of_studies(tmp_path):
-    verdicts = []
-    for content in changed_yaml(GRID, COUNTS["grid.yaml"], 5):
+    verdicts, hostile = [], hostile_yaml(GRID)
+    for content in [*hostile, *changed_yaml(GRID, COUNTS["grid.yaml"], 5)]:
         (tmp_path / "grid.yaml").write_bytes(content)
 
         def look():
@@ -375,6 +377,7 @@ def test_grids_of_studies(tmp_path):
             format_study(summarise_study(read_rows(tmp_path, arms), arms, baseline))
 
         verdicts.append(refused(look, "grid.yaml"))
+    assert all(verdicts[: len(hostile)])
     assert {True, False} == set(verdicts)
 
 
@@ -389,7 +392,7 @@ CELLS = [
 def changed_table(text: str, count: int, seed: int):
     """CSV texts with one cell, name of a column, or row changed; each fourth is damaged as any file may be."""
     rng, rough = np.random.default_rng(seed), mutants(text.encode(), count, seed, header=120)
-    rows = list(csv.reader(io.StringIO(text)))
+    rows, cells = list(csv.reader(io.StringIO(text))), itertools.cycle(CELLS)
     for number in range(count):
         if number % 4 == 3:
             yield next(rough)
@@ -397,7 +400,7 @@ def changed_table(text: str, count: int, seed: int):
         new, kind = [list(row) for row in rows], rng.integers(6)
         row, column = int(rng.integers(len(rows))), int(rng.integers(len(rows[0])))
         if kind <= 2:
-            new[max(row, 1)][column] = CELLS[number % len(CELLS)]
+            new[max(row, 1)][column] = next(cells)
         elif kind == 3:
             new[0][column] = str(rng.choice(["", "x", "epoch", "val dice", "seed", "arm"]))
         elif kind == 4:
@@ -447,7 +450,7 @@ def test_lists_of_images(tmp_path):
                 assert Path(sample.mask).resolve().is_relative_to(table.parent)
                 load_sample(sample)
 
-        verdicts.append(refused(look, "set"))
+        verdicts.append(refused(look, "pairs.csv"))
     assert all(verdicts[: len(climbing)])
     assert {True, False} == set(verdicts)
 
@@ -489,12 +492,13 @@ def test_metrics_of_runs(tmp_path, trained_run, monkeypatch, classes):
         COUNTS["metrics.json"] // 2,
     )
     others = [None, True, False, "0.5", "x", [], {}, [0.5], {"a": 1}, -0.1, 1.1, math.nan, math.inf, 0, 1, 0.5, 10**400]
-    for number, content in enumerate(mutants(text.encode(), count, 8, header=40)):
+    hostile = [b"[" * 100_000, b'{"threshold": ' * 9000, b"\xff\xfe", b"[]", b"null"]
+    damaged = list(mutants(text.encode(), count, 8, header=40))
+    for number in range(count):
         if number % 4 < 2:
             changed = metrics | {str(rng.choice(["threshold", "reads", *metrics])): others[number // 2 % len(others)]}
-            content = json.dumps(changed).encode()
-        elif number % 40 == 2:
-            content = [b"[" * 100_000, b'{"threshold": ' * 9000, b"\xff\xfe", b"[]", b"null"][number // 40]
+            damaged[number] = json.dumps(changed).encode()
+    for content in hostile + damaged:
         (tmp_path / "metrics.json").write_bytes(content)
 
         def look():
@@ -504,6 +508,7 @@ def test_metrics_of_runs(tmp_path, trained_run, monkeypatch, classes):
             dict(opened.metrics.get("reads", {}))  # as `evaluate --save` does
 
         verdicts.append(refused(look, "metrics.json"))
+    assert all(verdicts[: len(hostile)])
     assert {True, False} == set(verdicts)
 
 
@@ -558,7 +563,7 @@ def changed_tensors(content: bytes, count: int, seed: int):
         else:
             body = bytes(len(body))  # from here on all numbers are 0
         text = json.dumps(new).encode()
-        claimed = [len(text), len(text), 2**40, 2**63, 0, len(text) + 7][kind % 6 if number % 20 == 0 else 0]
+        claimed = [2**40, 2**63, 0, len(text) + 7][number // 14 % 4] if number % 14 == 0 else len(text)
         yield struct.pack("<Q", claimed) + text + body
 
 
@@ -740,11 +745,12 @@ NAMES = [
 def test_names(tmp_path):
     """Three plainly named images and one oddly named, in various layouts; some clash in case, some are no files."""
     photo, mask = encoded(Image.fromarray(PHOTO), "PNG"), encoded(Image.fromarray(MASK * 255), "PNG")
-    verdicts, loaded = [], 0
+    rng, verdicts, loaded = np.random.default_rng(18), [], 0
+    layouts = (("images", "masks"), ("a", "a_masks"), ("train/image", "train/mask"), ("", ""))
     for number in range(COUNTS["names"]):
         root, name, other = tmp_path / f"set{number}", NAMES[number % len(NAMES)], ""
-        images, masks = (("images", "masks"), ("a", "a_masks"), ("train/image", "train/mask"), ("", ""))[number % 4]
-        suffix, kind = "" if masks else "_mask", number // len(NAMES) % 5
+        images, masks = layouts[(number + number // len(NAMES)) % 4]  # each name in each of them
+        suffix, kind, way = "" if masks else "_mask", rng.integers(5), int(rng.integers(6))
         for folder in (images, masks):
             (root / folder).mkdir(parents=True, exist_ok=True)
         if kind == 1:
@@ -759,10 +765,10 @@ def test_names(tmp_path):
             (root / masks / f"{other}{suffix}.PNG").write_bytes(mask)
         elif kind == 3:
             (root / masks / f"{name}{suffix}.png").unlink()
-            (root / masks / f"{name}{suffix}.png").symlink_to([f"{name}{suffix}.png", "/etc/passwd", ".."][number % 3])
+            (root / masks / f"{name}{suffix}.png").symlink_to([f"{name}{suffix}.png", "/etc/passwd", ".."][way % 3])
         elif kind == 4:
             (root / images / f"{name}.png").unlink()
-            (root / images / f"{name}.png").mkdir() if number % 2 else os.mkfifo(root / images / f"{name}.png")
+            (root / images / f"{name}.png").mkdir() if way % 2 else os.mkfifo(root / images / f"{name}.png")
 
         def look(root=root):
             for sample in find_samples(DataConfig("folder", str(root))):
@@ -808,11 +814,12 @@ def test_command_lines(tmp_path, trained_run, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(dump_config(Config()))
     shutil.copytree(trained_run, "run")
-    rng, codes = np.random.default_rng(13), []
+    rng, codes, odd, odd_ones = np.random.default_rng(13), [], "", itertools.cycle(WORDS)
     for number, base in zip(range(COUNTS["arguments"]), itertools.cycle(LINES), strict=False):
-        words, odd = base.split(" "), WORDS[(number // len(LINES) + number % len(LINES) * 29) % len(WORDS)]
+        words = base.split(" ")
         place = int(rng.integers(1, len(words) + 1))
         if number % 5 < 4:  # each fifth stays as it is: 200 odd ones, and 50 that must be understood
+            odd = next(odd_ones)
             words[place : place + (number % 3 == 0)] = [odd]  # put in, or in another's place
         if number % 8 == 7 and number % 5 < 4:
             del words[int(rng.integers(len(words)))]

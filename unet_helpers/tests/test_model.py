@@ -3,6 +3,7 @@ import math
 from fractions import Fraction
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,14 +37,20 @@ def small(**changes) -> UNet:
     return UNet(**{"in_channels": 3, "num_classes": 2, "widths": (4, 6, 8), **changes})
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("num_classes", [1, 4])
-def test_an_ensemble_of_unlike_networks_averages_probabilities_also_tile_by_tile(num_classes):
-    networks = [small(num_classes=num_classes, widths=widths).eval() for widths in ((4, 8), (4, 6, 8))]
+def test_an_ensemble_of_unlike_networks_averages_probabilities_also_tile_by_tile(num_classes, padding):
+    shallow, deep = small(num_classes=num_classes, widths=(4, 8)), small(num_classes=num_classes, padding=padding)
+    networks = [shallow.eval(), deep.eval()]
     x, joined = torch.randn(1, 3, 150, 97), Ensemble(networks)
     with torch.inference_mode():
-        mean = sum(probabilities(network(x[..., :148, :96])) for network in networks) / 2
-        torch.testing.assert_close(probabilities(joined(x[..., :148, :96])), mean)
-        whole, tiled = (probabilities(predict_logits(joined, x, tile)) for tile in (1000, 72))
+        seen = x[..., :148, :96]
+        border = deep.valid_input_size(96) - 96 - deep.border  # what lies below and on the right; above, deep.border
+        continued = np.pad(seen, [(0, 0), (0, 0), *[(deep.border, border)] * 2], "reflect")
+        logits = shallow(seen), deep(torch.from_numpy(continued))[..., :148, :96]
+        mean = sum(map(probabilities, logits)) / 2
+        torch.testing.assert_close(probabilities(joined(seen)), mean)
+        whole, tiled = (probabilities(predict_logits(joined, x, tile)) for tile in (1000, 70))
     torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
 
 

@@ -2,7 +2,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from skimage.color import rgb2lab
 
 from unet_helpers.plots import (
@@ -85,6 +85,9 @@ def test_an_animation_holds_its_frames():
     frames = [np.full((4, 5, 3), value, np.uint8) for value in (0, 100, 255)]
     with Image.open(io.BytesIO(animate(frames, 0.5))) as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (3, (5, 4), 500)
+        assert gif.info["loop"] == 0  # endlessly
+        shown = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+    np.testing.assert_array_equal(shown, frames)
 
 
 def test_names_with_dollars_are_no_formulas():

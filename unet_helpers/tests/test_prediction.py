@@ -13,8 +13,6 @@ from PIL import Image
 from unet_helpers import images, prediction
 from unet_helpers.catalogue import MEANINGS
 from unet_helpers.config import AugmentationConfig, Config, DataConfig, UserError, dump_config, load_config
-from unet_helpers.datasets import find_samples, load_sample
-from unet_helpers.evaluation import evaluate
 from unet_helpers.metrics import level
 from unet_helpers.model import UNet, mirror_border
 from unet_helpers.prediction import (
@@ -140,34 +138,19 @@ def test_a_folder_of_images_gives_masks_and_probabilities_at_their_own_sizes(tra
         assert gif.n_frames == 3
 
 
-def test_predict_and_evaluate_give_the_same_result(trained_run, tmp_path):
-    """The same images as files: counts from the masks written give the Dice that `evaluate` reports."""
-    config = load_run(trained_run).config.data
-    samples = [sample for sample in find_samples(config) if sample.split == "test"]
-    tp = fp = fn = 0
-    (tmp_path / "in").mkdir()
-    truths = {}
-    for sample in samples:
-        image, truths[sample.name] = load_sample(sample)
-        Image.fromarray(image).save(tmp_path / "in" / f"{sample.name}.png")
-    predict(trained_run, [tmp_path / "in"], tmp_path / "out", quiet=True)
-    for name, truth in truths.items():
-        mask = np.array(Image.open(tmp_path / "out" / f"{name}_mask.png")) == 255
-        tp += (mask & (truth == 1)).sum()
-        fp += (mask & (truth == 0)).sum()
-        fn += (~mask & (truth == 1)).sum()
-    assert evaluate(trained_run)["dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn), abs=1e-12)
-
-
 def test_given_the_truth_error_maps_are_written(trained_run, photographs, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
     for seed, size in ((1, (64, 64)), (2, (50, 71))):
         Image.fromarray(make_retina(seed, size).vessels).save(masks / f"eye{seed}_manual1.png")
     predict(trained_run, [photographs], tmp_path / "out", truth=masks, quiet=True)
-    picture = np.array(Image.open(tmp_path / "out" / "eye2_errors.png"))
-    assert picture.shape == (50, 71, 3)
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1
+    found, truth = np.array(Image.open(tmp_path / "out" / "eye2_mask.png")) == 255, make_retina(2, (50, 71)).vessels
+    expected = np.zeros((50, 71, 3), np.uint8)  # black where both are background, and where the truth is not known
+    parts = (found & (truth == 1), found & (truth == 0), ~found & (truth == 1))
+    for part, colour in zip(parts, ((255, 255, 255), (230, 50, 30), (40, 110, 255)), strict=True):
+        assert part.any()
+        expected[part] = colour
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out" / "eye2_errors.png")), expected)
 
 
 def test_wrong_inputs_end_before_anything_is_written(trained_run, photographs, tmp_path):
@@ -222,6 +205,11 @@ def test_ground_truth_of_no_class_is_named(tmp_path):
     for meaning in ({0: 0, 1: 1}, "classes"):
         with pytest.raises(UserError, match=r"a\.png: holds .*700"):
             find_truths([path], path, meaning)
+
+
+def test_one_mask_is_no_ground_truth_of_several_images(tmp_path):
+    with pytest.raises(UserError, match=r"a\.png: this is one mask for 2 images"):
+        find_truths([tmp_path / "b.png", tmp_path / "c.png"], tmp_path / "a.png")
 
 
 def test_ground_truth_in_the_form_of_a_public_set(tmp_path):
@@ -364,11 +352,17 @@ def tiny_limit(monkeypatch):
         monkeypatch.setattr(module, "LARGE", 2000)
 
 
+def without_view_diameter(run: Path, copy: Path) -> Path:
+    """A copy of a run that takes pictures as large as they are."""
+    shutil.copytree(run, copy)
+    metrics = json.loads((copy / "metrics.json").read_text())
+    (copy / "metrics.json").write_text(json.dumps(metrics | {"view_diameter": None}))
+    return copy
+
+
 def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, tmp_path, tiny_limit, monkeypatch):
-    picture, run = make_retina(3, (150, 133)).image, tmp_path / "run"
-    shutil.copytree(trained_run, run)
-    metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps(metrics | {"view_diameter": None}))
+    picture, run = make_retina(3, (150, 133)).image, without_view_diameter(trained_run, tmp_path / "run")
+    monkeypatch.setattr(prediction, "STRIP", 56)  # of 150 rows
     tifffile.imwrite(tmp_path / "eye.tif", picture, tile=(64, 64), compression="zlib", photometric="rgb")
     Image.fromarray(picture).save(tmp_path / "eye.png")
     masks = predict(run, [tmp_path / "eye.tif"], tmp_path / "large", min_size=5, quiet=True)
@@ -379,6 +373,8 @@ def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, t
         predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", gif=True, quiet=True)
     with pytest.raises(UserError, match="--min-size above"):
         predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", min_size=5000, quiet=True)
+    with pytest.raises(UserError, match="--truth"):
+        predict(run, [tmp_path / "eye.tif"], tmp_path / "gif", truth=masks[0], quiet=True)
     assert not (tmp_path / "gif").exists()
     monkeypatch.setattr(prediction, "LARGE", 10**9)
     predict(run, [tmp_path / "eye.png"], tmp_path / "small", min_size=5, quiet=True)
@@ -394,12 +390,20 @@ def test_a_large_tiff_gives_tiffs_with_what_a_small_picture_gives(trained_run, t
 
 
 def test_of_several_classes_the_index_and_the_probability_of_the_one_chosen_are_written(
-    three_classes, tmp_path, tiny_limit
+    three_classes, tmp_path, tiny_limit, monkeypatch
 ):
-    picture = make_retina(3, (150, 133)).image
+    picture, run = make_retina(3, (150, 133)).image, without_view_diameter(three_classes, tmp_path / "run")
+    monkeypatch.setattr(prediction, "STRIP", 56)
     tifffile.imwrite(tmp_path / "eye.tif", picture, tile=(64, 64), compression="zlib", photometric="rgb")
-    (mask,) = predict(three_classes, [tmp_path / "eye.tif"], tmp_path / "out", quiet=True)
-    assert set(np.unique(tifffile.imread(mask))) <= {0, 1, 2}
+    Image.fromarray(picture).save(tmp_path / "eye.png")
+    predict(run, [tmp_path / "eye.tif"], tmp_path / "large", quiet=True)
+    monkeypatch.setattr(prediction, "LARGE", 10**9)
+    predict(run, [tmp_path / "eye.png"], tmp_path / "small", quiet=True)
+    for name in ("mask", "probability"):
+        large = tifffile.imread(tmp_path / "large" / f"eye_{name}.tif").astype(int)
+        small = np.array(Image.open(tmp_path / "small" / f"eye_{name}.png")).astype(int)
+        np.testing.assert_allclose(large, small, atol=0 if name == "mask" else 2)
+        assert name != "mask" or set(np.unique(large)) == {0, 1, 2}
     probability = torch.randn(3, 8, 9, generator=torch.Generator().manual_seed(0)).softmax(0)
     classes, files = prediction.render(probability)
     np.testing.assert_array_equal(classes, probability.argmax(0))
@@ -412,9 +416,8 @@ def test_of_several_classes_the_index_and_the_probability_of_the_one_chosen_are_
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == len(np.unique(classes))
 
 
-def test_a_large_mask_has_the_colours_of_the_set(trained_run, tmp_path, tiny_limit):
-    run, palette = tmp_path / "run", ("#000000", "#ff8000")
-    shutil.copytree(trained_run, run)
+def test_a_binary_mask_large_or_small_has_the_colours_of_the_set(trained_run, tmp_path, tiny_limit, monkeypatch):
+    run, palette = without_view_diameter(trained_run, tmp_path / "run"), ("#000000", "#ff8000")
     config = load_config(run / "config.yaml")
     config.data.mask_values, config.data.palette = "colours", palette
     (run / "config.yaml").write_text(dump_config(config))
@@ -424,6 +427,11 @@ def test_a_large_mask_has_the_colours_of_the_set(trained_run, tmp_path, tiny_lim
     values = images.read_mask_values(mask, colours=True)
     assert set(np.unique(values)) == {0, 0xFF8000}
     assert set(np.unique(images.decode_mask(values, images.find_palette([mask])))) == {0, 1}
+    monkeypatch.setattr(prediction, "LARGE", 10**9)
+    (small,) = predict(run, [tmp_path / "eye.tif"], tmp_path / "out", quiet=True)
+    with Image.open(small) as picture:
+        assert (picture.format, picture.mode, set(np.unique(picture))) == ("PNG", "P", {0, 1})
+    np.testing.assert_array_equal(images.read_mask_values(small, colours=True), values)
 
 
 def test_a_retina_twice_as_large_gives_nearly_the_same_mask():

@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import shlex
 import sys
@@ -6,13 +7,14 @@ import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from unet_helpers.__main__ import parse
-from unet_helpers.config import DataConfig, UserError
+from unet_helpers.config import DataConfig, RunError, UserError
 from unet_helpers.datasets import find_samples, load_sample
 from unet_helpers.prepare import _rotate as rotate
 from unet_helpers.prepare import expand_offline, prepare
@@ -75,15 +77,12 @@ def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatch):
-    def fail(name):
-        raise ConnectionError("no\nnetwork")
-
-    stub_kagglehub(monkeypatch, fail)
-    with pytest.raises(UserError, match=r"no network.*zionfuo/drive2004") as caught:
-        prepare(DataConfig("drive", str(tmp_path / "data")), tmp_path / "out", download=True)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+def test_what_is_no_drive_is_not_replaced_by_it(tmp_path, monkeypatch):
+    stub_kagglehub(monkeypatch, lambda name: pytest.fail("downloaded all the same"))
+    (tmp_path / "DRIVE" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match="DRIVE: is in the way"):
+        prepare(DataConfig("drive", str(tmp_path)), tmp_path / "out", download=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["DRIVE", "mine"]
 
 
 def test_an_incomplete_drive_is_refused(tmp_path):
@@ -134,6 +133,19 @@ def test_all_three_lists_or_none(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"9\.png"):
         prepare(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    config, before = write_folder(tmp_path / "whole"), {}
+    for val_share in (0.2, 0.4):  # at first no lists are there, then those of another split
+        config.val_share = val_share
+        for moment in range(3):
+            with monkeypatch.context() as patch:
+                full = OSError(errno.ENOSPC, "No space left on device")
+                patch.setattr(os, "fsync", Mock(side_effect=[None] * moment + [full]))
+                with pytest.raises(RunError, match=r"folder_\w+\.csv.*make room"):
+                    prepare(config, tmp_path / "out")
+            assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        prepare(config, tmp_path / "out")
+        before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert len(before) == 4
 
 
 def test_sample_data_needs_no_files(tmp_path):
@@ -237,7 +249,23 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path):
             expand_offline(SOURCE, tmp_path / output)
     with pytest.raises(UserError, match="nowhere"):
         expand_offline(DataConfig("folder", str(tmp_path / "nowhere")), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+    config = write_folder(tmp_path / "set")
+    last = Path(find_samples(config)[-1].image)
+    os.truncate(last, 50)
+    with pytest.raises(UserError, match=last.name):  # when the copies of all others have been written
+        expand_offline(config, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "set", "there"]
+
+
+def test_images_whose_copies_would_have_one_name_are_not_expanded(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / "source" / kind).mkdir(parents=True)
+        for name in ("a_b", "a__b"):
+            Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "source" / kind / f"{name}.png")
+    config = DataConfig("folder", str(tmp_path / "source"), group_pattern="(.*)", val_share=0, test_share=0)
+    with pytest.raises(UserError, match=r"a_+b\.png: another image would also be called a_b\.png"):
+        expand_offline(config, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_offline_expansion_loses_no_image_whose_names_end_alike(tmp_path):

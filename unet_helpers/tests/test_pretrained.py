@@ -172,18 +172,6 @@ def test_wrong_weights_files_are_named(model, tmp_path):
         load_encoder(model.net.encoder, tmp_path)
 
 
-class Evil:
-    def __reduce__(self):
-        return eval, ("__import__('builtins').print('executed')",)
-
-
-def test_a_weights_file_executes_nothing(model, tmp_path, capsys):
-    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth: cannot be read"):
-        load_encoder(model.net.encoder, tmp_path / "evil.pth")
-    assert "executed" not in capsys.readouterr().out
-
-
 def test_weights_that_cannot_be_downloaded_say_what_to_do(monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")

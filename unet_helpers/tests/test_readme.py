@@ -7,10 +7,14 @@ import pytest
 from unet_helpers.config import load_config
 from unet_helpers.model import build_model, count_parameters
 from unet_helpers.runs import PUBLISHED, load_run, read_history
+from unet_helpers.tests.test_notebooks import READMES
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "checkpoints" / "drive-cpu-20min"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"^python -m unet_helpers (.*?)(?: +#.*)?$", re.MULTILINE)
+COMMANDS = [command for path in READMES for command in SHOWN.findall(path.read_text(encoding="utf-8"))]
+COMMANDS = [command for command in dict.fromkeys(COMMANDS) if "--resume" not in command]  # whose run is not here
 
 
 def test_the_table_holds_the_numbers_of_the_reference_run():
@@ -64,10 +68,9 @@ def test_a_reference_run_is_whole_and_its_parts_agree(name, most):
     assert count_parameters(build_model(load_config(run / "config.yaml").model)) == opened.metrics["parameters"]
 
 
-@pytest.mark.parametrize("command", re.findall(r"^python -m unet_helpers (.*?)(?: +#.*)?$", TEXT, re.MULTILINE))
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_shown_are_understood(command, monkeypatch):
     from unet_helpers.__main__ import parse
 
     monkeypatch.chdir(ROOT)
-    if "--resume" not in command:  # its run does not exist here
-        assert parse(command.split()).command == command.split()[0]
+    assert parse(command.split()).command == command.split()[0]

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from unet_helpers import runs
 from unet_helpers.catalogue import class_names
-from unet_helpers.config import DataConfig, UserError, dump_config, load_config
+from unet_helpers.config import Config, DataConfig, ModelConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages
 from unet_helpers.evaluation import choose_threshold, evaluate, samples_of
 from unet_helpers.model import build_model
 from unet_helpers.prediction import predict_probabilities
-from unet_helpers.runs import COLUMNS, Progress, export, load_run, read_history
+from unet_helpers.runs import COLUMNS, Progress, export, load_run, new_run, read_history, write_history
 from unet_helpers.sample_data import make_retina
 from unet_helpers.system import read_tensors, write_tensors
 
@@ -124,8 +124,10 @@ def test_the_best_epoch_is_the_first_with_the_highest_dice():
 
 
 def test_a_history_reads_back_what_was_recorded(run):
-    rows = read_history(run / "history.csv")
-    assert all(tuple(row) == COLUMNS for row in rows)
+    first = dict(zip(COLUMNS, (0, 0, 0.0, None, 1.25, 0.5, 7, 14, None, None, None, 0.1), strict=True))
+    last = dict(zip(COLUMNS, (1, 80, 3e-3, 1 / 3, 0.7, 13 / 14, 13, 14, 0.62, 0.4999, 25.5, 1e5), strict=True))
+    write_history(run, [first, last], draw=False)
+    assert repr(read_history(run / "history.csv")) == repr([first, last])  # also whole numbers as such
     (run / "history.csv").write_text("epoch,step\nzero,1\n")
     with pytest.raises(UserError, match=r"history\.csv"):
         read_history(run / "history.csv")
@@ -227,6 +229,23 @@ def test_onnx_agrees_on_odd_sizes_and_knows_what_it_needs(trained_run, tmp_path)
 
 
 @needs_torch_29
+def test_onnx_of_an_ensemble_averages_probabilities_and_names_the_longest_side(tmp_path):
+    config, ensemble = Config(data=DataConfig(longest_side=48), model=ModelConfig(widths=(2,))), tmp_path / "ensemble"
+    for name, threshold in (("a", 0.25), ("b", 0.75)):
+        new_run(ensemble / name, config, resume=False)
+        write_tensors(ensemble / name / "model.safetensors", build_model(config.model).state_dict())
+        (ensemble / name / "metrics.json").write_text(json.dumps({"threshold": threshold}))
+    export(ensemble, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    image = torch.randn(1, 3, 37, 45)
+    with torch.inference_mode():
+        mean = sum(load_run(ensemble / name).model(image).sigmoid() for name in ("a", "b")) / 2
+    np.testing.assert_allclose(session.run(None, {"image": image.numpy()})[0], mean.numpy(), rtol=0, atol=1e-4)
+    known = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert (known["longest_side"], known["threshold"]) == (48, 0.5)
+
+
+@needs_torch_29
 def test_what_is_exported_gives_a_probability_for_each_class(three_classes, tmp_path, monkeypatch):
     """The network that is handed to torch's exporter, which is trusted to keep it."""
     exported = []
@@ -244,6 +263,18 @@ def test_what_is_exported_gives_a_probability_for_each_class(three_classes, tmp_
     image = torch.randn(2, 3, 33, 41)
     expected = load_run(three_classes).model(image).softmax(1)
     torch.testing.assert_close(exported[0](image), expected)
+
+
+def test_what_cannot_be_exported_says_why(trained_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(torch, "__version__", "2.8.1")
+    with pytest.raises(UserError, match=r"torch 2\.8\.1 cannot export .* update it to 2\.9"):
+        export(trained_run, tmp_path / "model.onnx")
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    with pytest.raises(UserError, match=r"file: cannot be written"):
+        export(trained_run, tmp_path / "file" / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_valid_padding_is_not_exported(trained_run, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 from skimage.morphology import skeletonize
 
 from unet_helpers.config import UserError
@@ -176,11 +176,16 @@ def test_wrong_seed_is_refused_in_one_line(seed):
         make_retina(seed, 64)
 
 
-def test_twenty_images_per_second_of_processor_time():
-    rounds = []
-    for first in range(0, 24, 4):
+def test_drawing_a_retina_takes_less_than_blurring_a_megapixel():
+    """Some twenty a second, but measured by other work, as machines differ."""
+
+    def processor_time(work) -> float:
         start = time.process_time()
-        for seed in range(first, first + 4):
-            make_retina(seed, 256)
-        rounds.append((time.process_time() - start) / 4)
-    assert min(rounds) < 0.05
+        work()
+        return time.process_time() - start
+
+    noise, ratios = np.random.default_rng(0).random((1024, 1024)), []
+    for seeds in np.arange(24).reshape(6, 4).tolist():
+        drawing = processor_time(lambda seeds=seeds: [make_retina(seed, 256) for seed in seeds]) / 4
+        ratios.append(drawing / processor_time(lambda: gaussian_filter(noise, 8)))
+    assert min(ratios) < 1

@@ -20,6 +20,7 @@ from unet_helpers.runs import load_run
 from unet_helpers.sample_data import make_retina
 from unet_helpers.scores import widened
 from unet_helpers.studies import format_study, load_grid, run_study, summarise_study
+from unet_helpers.tests.conftest import SMALL_ENCODER, make_small_config
 
 RNG = np.random.default_rng(0)
 COMMITTED = sorted(path.parent for path in Path(__file__).parents[2].glob("checkpoints/study-*/rows.csv"))
@@ -53,6 +54,24 @@ def study(tmp_path, small_config):
     return tmp_path / "study"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The same study with all its runs; tests must not change it, but work on copies made by `keep`."""
+    study = tmp_path_factory.mktemp("studies") / "study"
+    write_grid(study, make_small_config())
+    run_study(study, quiet=True)
+    return study
+
+
+def keep(finished: Path, study: Path, *arms: str) -> None:
+    """Make a study into a copy of the finished one in which these arms alone were run."""
+    shutil.copytree(finished, study, dirs_exist_ok=True)
+    studies.write_rows(study, [row for row in studies.read_rows(study) if row["arm"] in arms])
+    for run in (study / "runs").iterdir():
+        if run.name.split("-")[0] not in arms:
+            shutil.rmtree(run)
+
+
 def test_a_row_holds_the_counts_of_each_group_of_images(trained_run, tmp_path):
     """Two photographs of each eye: whoever draws rows' counts as if they were independent images would be too sure."""
     for number in range(8):
@@ -75,12 +94,18 @@ def test_a_row_holds_the_counts_of_each_group_of_images(trained_run, tmp_path):
     assert row["val_dice"] == pytest.approx(scores["dice"])
 
 
-def test_a_study_trains_what_is_missing_and_nothing_else(study, monkeypatch):
+def test_a_study_trains_what_is_missing_and_nothing_else(finished, study, monkeypatch):
+    keep(finished, study, "plain", "wide", "again")
+    before, table = (study / "rows.csv").read_text(), format_study(table_of(study))
+    monkeypatch.setattr(studies, "train", None)
     rows = run_study(study, quiet=True)
+    assert (study / "rows.csv").read_text() == before == (finished / "rows.csv").read_text()
+    monkeypatch.undo()
+
     assert [(row["arm"], row["seed"]) for row in rows] == [
         ("plain", 0), ("plain", 1), ("wide", 0), ("wide", 1), ("again", 1),
     ]  # fmt: skip
-    assert (study / "arms.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "arms.png").read_bytes().startswith(b"\x89PNG")
     for row in rows:
         run = load_run(study / "runs" / f"{row['arm']}-{row['seed']}")
         assert run.config.seed == row["seed"]
@@ -90,13 +115,7 @@ def test_a_study_trains_what_is_missing_and_nothing_else(study, monkeypatch):
         assert row["train_dice"] == pytest.approx(evaluate(run.path, split="train")["dice"])
         assert len(row["val_dice_curve"]) == len(row["train_loss_curve"]) == 2
     again = load_run(study / "runs" / "again-1")
-    assert again.config.model.weights == str(study / "runs" / "plain-1" / "model.safetensors")
-
-    before, table = (study / "rows.csv").read_text(), format_study(table_of(study))
-    monkeypatch.setattr(studies, "train", None)
-    run_study(study, quiet=True)
-    assert (study / "rows.csv").read_text() == before
-    monkeypatch.undo()
+    assert again.config.model.weights == str(finished / "runs" / "plain-1" / "model.safetensors")
 
     lines = before.splitlines(keepends=True)
     (study / "rows.csv").write_text("".join([lines[0], lines[2], lines[4], lines[5]]))  # a clone has no runs, either
@@ -106,8 +125,8 @@ def test_a_study_trains_what_is_missing_and_nothing_else(study, monkeypatch):
     assert {path.name for path in (study / "runs").iterdir()} == {"plain-0", "wide-0"}
 
 
-def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(study):
-    run_study(study, ["plain"], quiet=True)
+def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(finished, study):
+    keep(finished, study, "plain")
     shutil.rmtree(study / "runs")
     rows = run_study(study, ["again"], quiet=True)
     assert [(row["arm"], row["seed"]) for row in rows] == [("plain", 0), ("plain", 1), ("again", 1)]
@@ -116,16 +135,17 @@ def test_what_an_arm_starts_from_is_trained_where_its_run_is_gone(study):
         run_study(study, ["none"])
 
 
-def test_an_interrupted_arm_goes_on_however_the_study_is_named(study, monkeypatch):
+def test_an_interrupted_arm_goes_on_however_the_study_is_named(finished, study, monkeypatch):
+    keep(finished, study, "plain", "again")
     monkeypatch.chdir(study.parent)
-    run_study("study", ["again"], quiet=True)
-    for name in ("rows.csv", "runs/again-1/metrics.json"):
-        (study / name).unlink()
-    assert [row["arm"] for row in run_study(study, ["again"], quiet=True)] == ["again"]
+    for path in ("study", study):
+        for name in ("rows.csv", "runs/again-1/metrics.json"):
+            (study / name).unlink()
+        assert [row["arm"] for row in run_study(path, ["again"], quiet=True)] == ["again"]
 
 
 def test_of_smps_networks_the_encoder_alone_starts_from_another_arm(study, small_config):
-    smp = {"seeds": 1, "model.architecture": "Unet", "model.encoder": "resnet18"}
+    smp = {"seeds": 1, "model.architecture": "Unet", "model.encoder": SMALL_ENCODER}
     write_grid(study, small_config, arms={"plain": smp, "later": {**smp, "starts_from": "plain"}})
     assert [row["arm"] for row in run_study(study, ["later"], quiet=True)] == ["later"]
     model = load_config(study / "runs" / "later-0" / "config.yaml").model
@@ -134,8 +154,8 @@ def test_of_smps_networks_the_encoder_alone_starts_from_another_arm(study, small
     run_study(study, ["later"], quiet=True)  # its row is taken as its own
 
 
-def test_another_grid_makes_the_rows_of_changed_arms_anew(study, small_config):
-    run_study(study, ["plain", "wide"], quiet=True)
+def test_another_grid_makes_the_rows_of_changed_arms_anew(finished, study, small_config):
+    keep(finished, study, "plain", "wide")
     arms = {"plain": {"seeds": 1}, "wide": {"seeds": 2, "model.widths": [5, 12]}}
     write_grid(study, small_config, arms=arms)
     with pytest.raises(UserError, match=r"wide-0: holds a run of other settings .*delete"):
@@ -146,8 +166,8 @@ def test_another_grid_makes_the_rows_of_changed_arms_anew(study, small_config):
     assert {path.name for path in (study / "runs").iterdir()} == {"wide-0", "wide-1"}
 
 
-def test_rows_of_other_grids_and_of_other_processes_stay_in_the_file(study, small_config, monkeypatch):
-    run_study(study, ["wide"], quiet=True)
+def test_rows_of_other_grids_and_of_other_processes_stay_in_the_file(finished, study, small_config, monkeypatch):
+    keep(finished, study, "wide")
     before = format_study(table_of(study))
     write_grid(study, small_config, arms={"plain": {"seeds": 1}})
     rows = run_study(study, quiet=True)
@@ -166,17 +186,17 @@ def test_rows_of_other_grids_and_of_other_processes_stay_in_the_file(study, smal
     assert found == [("plain", 0), ("plain", 1), ("wide", 0), ("wide", 1), ("wide", 7)]
 
 
-def test_a_study_that_was_moved_goes_on(study, monkeypatch):
-    run_study(study, ["again"], quiet=True)
+def test_a_study_that_was_moved_goes_on(finished, study):
+    keep(finished, study, "plain", "again")
     for name in ("rows.csv", "runs/again-1/metrics.json"):
         (study / name).unlink()
     shutil.move(study, study.parent / "moved")
     assert [row["arm"] for row in run_study(study.parent / "moved", ["again"], quiet=True)] == ["again"]
 
 
-def test_a_study_in_which_there_is_nothing_to_find_can_be_opened_again(study):
-    rows = run_study(study, ["plain"], quiet=True)
-    studies.write_rows(study, [row | {"val_dice": math.nan} for row in rows])
+def test_a_study_in_which_there_is_nothing_to_find_can_be_opened_again(finished, study):
+    keep(finished, study, "plain")
+    studies.write_rows(study, [row | {"val_dice": math.nan} for row in studies.read_rows(study)])
     assert "nan" in format_study(table_of(study))
 
 
@@ -242,8 +262,8 @@ def test_a_wrong_grid_is_named(study, small_config, changes, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_setting_that_came_later_leaves_rows_valid_unless_it_is_used(study):
-    run_study(study, ["plain", "again"], quiet=True)
+def test_a_setting_that_came_later_leaves_rows_valid_unless_it_is_used(finished, study):
+    keep(finished, study, "plain", "again")
     arms, before = load_grid(study)[0], (study / "rows.csv").read_text()
     assert before.count('""data.normalisation"": ""image""') == 4  # three rows, and what one of them starts from
     (study / "rows.csv").write_text(before.replace('""data.normalisation"": ""image"", ', ""))
@@ -274,7 +294,10 @@ def test_damaged_files_are_named(study, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_the_command_prints_the_table(study, capsys):
+def test_the_command_trains_and_prints_the_table(finished, study, capsys):
+    keep(finished, study, "plain")
+    (study / "rows.csv").unlink()
+    shutil.rmtree(study / "runs" / "plain-1")
     assert main(["study", str(study), "--arms", "plain"]) == 0
     out = capsys.readouterr().out
     assert "wide" in out
@@ -301,8 +324,10 @@ def simulated(rng, shift: float = 0.0, seeds: int = 5, image_noise: float = 0.00
 
 
 def verdicts(repeats: int, seed: int = 1, **options) -> list[str]:
-    rng = np.random.default_rng(seed)
-    tables = [summarise_study(simulated(rng, **options), {"one": None, "two": None}, "one") for _ in range(repeats)]
+    rng, arms = np.random.default_rng(seed), {"one": None, "two": None}
+    with pytest.MonkeyPatch.context() as patch:  # each arm's own interval has no say in the verdict, and takes time
+        patch.setattr(studies, "bootstrap_interval", lambda *_: (0.0, 0.0))
+        tables = [summarise_study(simulated(rng, **options), arms, "one") for _ in range(repeats)]
     return [table[1]["verdict"] for table in tables]
 
 
