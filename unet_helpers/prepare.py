@@ -132,7 +132,8 @@ def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixel
     if rare := [f"{names[value]} ({pixels[value]} pixels)" for value in found if pixels[value] < scored / 10_000]:
         lines.append(f"note: classes that hardly occur, perhaps by a slip of the brush: {_some(rare)}")
     if len(samples) < whole:
-        lines.append(f"note: these are {len(samples)} of the {whole} images of the set")
+        each = Counter(sample.group for sample in samples).values()
+        lines.append(f"note: these are {len(samples)} of the {whole} images, {min(each)} to {max(each)} a group")
     sides = Counter(group for held in groups.values() for group in set(held))
     if torn := sorted(group for group, count in sides.items() if count > 1):
         lines.append(f"note: the standard split has frames of one film, {', '.join(torn)}, on several sides")

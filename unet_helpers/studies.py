@@ -289,6 +289,7 @@ def benchmark(config: Config, size: tuple[int, int] = (584, 565), steps: int = 1
     result |= {"images_per_second": system.spread(settings.batch_size / totals)}
     result["decode_seconds"] = timed(lambda: draw_once.cache_clear() or decode(next(samples), config))
     result["cached_seconds"] = timed(lambda: [np.array(part) for part in patches.decoded[next(turns)]])
+    result["cache_saves_seconds"] = result["decode_seconds"]["median"] - result["cached_seconds"]["median"]  # an image
     result["predict_seconds"] = timed(lambda: predict_probabilities(plain, image, False))
     result["predict_flips_seconds"] = timed(lambda: predict_probabilities(plain, image))
     return result | {"peak_memory_gib": system.peak_memory(device)}

@@ -66,6 +66,9 @@ def test_train_evaluate_predict_benchmark_one_after_the_other(tmp_path, capsys, 
     assert result["predict_seconds"]["low"] <= result["predict_seconds"]["median"] <= result["predict_seconds"]["high"]
     assert 0 < result["data_share"] < 1
     assert result["peak_memory_gib"] > 0
+    assert 0 < result["images_per_second"]["low"] <= result["images_per_second"]["high"]
+    medians = (result[f"{name}_seconds"]["median"] for name in ("decode", "cached"))
+    assert result["cache_saves_seconds"] == pytest.approx(next(medians) - next(medians))
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path, small_config, monkeypatch, capsys):

@@ -291,7 +291,7 @@ def test_what_is_particular_about_a_public_set_is_said(tmp_path):
             Image.fromarray(image).save(cars / f"train/{car}_{angle}.jpg")
             Image.fromarray(np.eye(6, 8, dtype=np.uint8) * 255).save(cars / f"train_masks/{car}_{angle}_mask.gif")
     report = prepare(DataConfig("carvana", str(cars)), tmp_path)
-    assert "these are 6 of the 5088 images" in report
+    assert "these are 6 of the 5088 images, 2 to 2 a group" in report
     assert "test: 2 images in 1 groups" in report
     assert "background 87.5%, car 12.5%" in report
     with open(tmp_path / "carvana_test.csv", newline="") as file:
@@ -307,6 +307,13 @@ def test_what_is_particular_about_a_public_set_is_said(tmp_path):
     assert "frames of one film, b, on several sides" in report
     assert "11 classes from the set's own labels; 11 ignored" in report
     assert "cyclist 9.1%" in report
+    write_drive(tmp_path / "rite" / "DRIVE", 5)
+    colours = Image.fromarray(np.eye(32, dtype=np.uint8)[..., None] * np.array([255, 0, 0], np.uint8))
+    for split, numbers in (("training", range(21, 26)), ("test", range(1, 6))):
+        (tmp_path / "rite" / "AV_groundTruth" / split / "av").mkdir(parents=True)
+        for number in numbers:
+            colours.save(tmp_path / "rite" / "AV_groundTruth" / split / "av" / f"{number:02d}_{split}.png")
+    assert "test images follow DRIVE's second observer" in prepare(DataConfig("rite", str(tmp_path)), tmp_path)
     with pytest.raises(UserError, match="accept the rules"):
         prepare(DataConfig("carvana", str(tmp_path / "nowhere")), tmp_path)
 
