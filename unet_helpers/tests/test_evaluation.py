@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,18 +87,24 @@ def test_scores_agree_with_a_second_implementation_on_the_files_that_predict_wro
     assert scores["n_images"] == 3
 
 
-def test_noise_for_test_labels_changes_no_choice_of_training(folder, tmp_path, small_config):
-    small_config.data = DataConfig(name="folder", root=str(folder), val_share=0.3)
-    train(small_config, tmp_path / "before", quiet=True)
-    honest = evaluate(tmp_path / "before")["dice"]
+def test_noise_for_test_labels_changes_no_choice(folder, tmp_path, small_config):
+    """Of two folds and of both as an ensemble: settings, epoch, weights, threshold."""
+    small_config.data = DataConfig(name="folder", root=str(folder), folds=2)
+
+    def choices(run: Path) -> list:
+        for fold in range(2):
+            small_config.data.fold = fold
+            train(small_config, run / f"fold{fold}", quiet=True)
+        paths = sorted(path for path in run.rglob("*") if path.name in ("config.yaml", "model.safetensors"))
+        told = [json.loads(path.read_text()) | {"seconds": 0} for path in sorted(run.rglob("metrics.json"))]
+        assert len(paths) == 2 * len(told) == 4
+        return [[path.read_bytes() for path in paths], json.dumps(told), load_run(run).threshold]
+
+    before, honest = choices(tmp_path / "before"), evaluate(tmp_path / "before")["dice"]
     rng = np.random.default_rng(0)
     for path in (folder / "test" / "masks").iterdir():
         Image.fromarray(rng.integers(0, 2, (64, 64), dtype=np.uint8)).save(path)
-    train(small_config, tmp_path / "after", quiet=True)
-    for name in ("config.yaml", "model.safetensors"):
-        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
-    first, second = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("before", "after"))
-    assert first | {"seconds": 0} == second | {"seconds": 0}
+    assert choices(tmp_path / "after") == before
     assert evaluate(tmp_path / "after")["dice"] != honest  # the noise was indeed read when testing
 
 
