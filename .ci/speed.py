@@ -283,7 +283,7 @@ def report_prediction(turns: int) -> None:
     """What predicting an image of DRIVE's size takes."""
     print(f"\nPrediction of one image, {DRIVE[0]}×{DRIVE[1]}")
     image, work = torch.randn(3, *DRIVE, device=DEVICE), {}
-    padded = nn.functional.pad(image[None], (0, 576 - DRIVE[1], 0, 608 - DRIVE[0]))  # to a multiple of 32
+    padded = nn.functional.pad(image[None], (0, -DRIVE[1] % 32, 0, -DRIVE[0] % 32))  # as others need it
     padded = padded.contiguous(memory_format=torch.channels_last)
     for name, make in NETWORKS.items():
         network = make().to(DEVICE, memory_format=torch.channels_last).eval()

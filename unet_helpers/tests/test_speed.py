@@ -21,6 +21,7 @@ def speed(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "PATCH", 32)
     monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(module, "DRIVE", (40, 50))
     return module
 
 
