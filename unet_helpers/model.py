@@ -44,7 +44,7 @@ def _negative_part(x: torch.Tensor) -> torch.Tensor:
 
 
 class PySiLU(nn.Module):
-    """x for x >= 0 and x / (1 + x²) below: a dip to -1/2 at x = -1 that fades like 1/x, without SiLU's exponential.
+    """x for x >= 0 and x / (1 + x²) below: a dip to -1/2 that fades as 1/x (github.com/AllenWrong/From-Scratch, 2023).
 
     In shape and (floating) dtype of the input; 0 at -inf, and NaN stays NaN. Gradient: 1, and (1 - x²) / (1 + x²)².
     """

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from unet_helpers.config import IGNORE
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # Okabe and Ito's colour-blind safe palette
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#7F7F7F"  # two of Okabe and Ito's colour-blind safe palette, and a grey
 FEW_COLOURS = ("#000000", ORANGE, BLUE, "#009E73", "#F0E442", "#CC79A7", "#56B4E9", "#E69F00")  # theirs, too
 CELL = 240  # pixels for the longer side of a picture on a contact sheet
 MANY_COLOURS = (  # Paul Tol's discrete rainbow, safe for colour-blind readers, in an order that keeps neighbours apart

@@ -36,7 +36,7 @@ class PretrainedNet(nn.Module):
         super().__init__()
         need(config.in_channels >= 1, "in_channels", config.in_channels, "at least 1")
         need(config.num_classes >= 1, "num_classes", config.num_classes, "1 (binary) or the number of classes")
-        self.stride = 128 if config.architecture == "PAN" else 32  # PAN halves the bottom of the encoder twice more
+        self.stride = 128 if config.architecture == "PAN" else 32  # PAN stops at 16, then halves three times more
         self.padding, self.border, self.receptive_field_radius = "same", 0, 4 * self.stride
         self.net = build_smp(config)
         if config.encoder_weights == "imagenet":

@@ -149,7 +149,7 @@ def widened(value: float, low: float, high: float, runs: int) -> tuple[float, fl
     """A 95% bootstrap interval around a mean over few runs, made as wide as Student's t asks for.
 
     Drawn with replacement, n values vary too little, by sqrt((n - 1) / n), and the mean of few has longer tails than
-    the normal distribution: with five runs a third is missing (Hesterberg 2015, arXiv:1411.5279, section 4.2).
+    the normal distribution: with five runs over a third is missing (Hesterberg 2014, arXiv:1411.5279).
     """
     from scipy.stats import norm, t  # a second, which only studies should cost
 

@@ -42,7 +42,7 @@ def find_precision(name: str, device: torch.device) -> str:
     """The precision called `name` on `device`: `fp32`, `bf16` or `fp16`; `UserError` if it cannot compute in that.
 
     `auto` asks what the hardware computes in natively: a T4 (compute capability 7.5) emulates bf16, slowly, so below
-    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions.
+    capability 8.0 it is fp16, with a gradient scaler; a CPU needs bf16 instructions (those of Arm are not asked for).
     """
     if (name, device.type) in (("fp16", "cpu"), ("fp16", "mps"), ("bf16", "mps")):
         raise UserError(f"training.precision is {name}, which is not for the device {device.type}; use auto or fp32.")
