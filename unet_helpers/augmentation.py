@@ -107,7 +107,7 @@ def make_augmentation(config: AugmentationConfig) -> Callable[..., Arrays]:
     """
     size = tuple(np.broadcast_to(config.patch_size, 2).tolist())
     steps: list[A.BasicTransform] = [RandomPatch(size, config.rotation, config.scale, config.elastic)]
-    steps += [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)][: {True: 2, "horizontal": 1, False: 0}[config.flips]]
+    steps += [A.HorizontalFlip(p=0.5)] * bool(config.flips) + [A.VerticalFlip(p=0.5)] * (config.flips is True)
     if config.gamma:
         steps.append(A.RandomGamma((100 * (1 - config.gamma), 100 * (1 + config.gamma)), p=1.0))
     if config.brightness or config.contrast:

@@ -37,7 +37,7 @@ class DataConfig:
         palette: for `folder`: the colours of the masks, `#rrggbb`, in the order of the classes; null: found out.
         group_pattern: for `folder`: regular expression; stems of equal first group (default: up to `__`) stay together.
         longest_side: larger images are reduced to it before the network sees them; scores are at native size.
-        normalisation: `image` by each image's own mean and deviation, `imagenet` by ImageNet's, `none` to 0..1.
+        normalisation: `image` by each image's own mean and deviation, `imagenet` by ImageNet's, `none` to 0..1 only.
         train_limit: train on so many images only, drawn by `seed`; null: on all.
         val_share: share of the groups kept for validation; from 2 on, their number.
         test_share: the same for testing, where the data set does not bring its own test images.

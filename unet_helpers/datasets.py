@@ -67,8 +67,10 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
         else:
             pairs, groups, meaning = catalogue.read_public(config.name, root, observer)
         brought = [pair.split for pair in pairs]
+        if config.name == "camvid" and config.folds:
+            raise UserError(f"data.folds is {config.folds}, but camvid has a standard split: set it to 0")
         # CamVid's standard split has frames of one film on two sides; whoever compares with others must follow it.
-        standard = observer == 2 or (config.name == "camvid" and not config.folds)
+        standard = observer == 2 or config.name == "camvid"
         splits = brought if standard else assign_splits(groups, brought, config)
         for pair, group, split in zip(pairs, groups, splits, strict=True):
             stem = pair.image.stem if pair.number is None else f"{pair.number:04d}"
@@ -101,7 +103,7 @@ def find_meaning(masks: Sequence[Path], wanted: images.Meaning | str = "auto") -
     if wanted != "auto":
         return images.find_palette(masks) if wanted == "colours" else wanted
     values, colour_of = {}, {}
-    for path in masks:
+    for path in tqdm(masks, "reading masks", unit="mask", leave=False, disable=None):
         try:
             values[path], palette = images.survey_mask(path)
         except images.InColours:
@@ -148,7 +150,8 @@ def decode(sample: Sample, config: Config) -> tuple[np.ndarray, ...]:
     """Image and mask of `load_sample`, reduced; the estimated field of view, bool (H, W); mean and deviation inside."""
     image, mask = load_sample(sample)
     check_labels(mask, config.model.num_classes, sample.mask)  # now: what is rare may vanish when it is reduced
-    image, mask = (images.shrink(one, config.data.longest_side, is_mask=one is mask) for one in (image, mask))
+    image = images.shrink(image, config.data.longest_side)
+    mask = images.shrink(mask, config.data.longest_side, is_mask=True)
     view = images.field_of_view(image)
     return image, mask, view, *images.statistics_inside(image, view)
 
@@ -166,7 +169,7 @@ class Decoded:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "unet_helpers"
         self.folder = cache / f"{config.data.name}-{config.data.longest_side or 'native'}"
         if self.samples and not self.samples[0].image.startswith("sample:"):
-            known = _read_cached(*self._place(0)) is not None
+            known = _read_cached(*self._cache_file(0)) is not None
             self.cached = known or len(self) * sum(part.nbytes for part in load_sample(self.samples[0])) > MEMORY_LIMIT
 
     def __len__(self) -> int:
@@ -175,7 +178,7 @@ class Decoded:
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         if index in self.kept:
             return self.kept[index]
-        path, source = self._place(index)
+        path, source = self._cache_file(index)
         item = _read_cached(path, source) if self.cached else None
         if item is None:
             item = decode(self.samples[index], self.config)
@@ -191,14 +194,15 @@ class Decoded:
             self.kept[index] = item
         return item
 
-    def _place(self, index: int) -> tuple[Path, str]:
+    def _cache_file(self, index: int) -> tuple[Path, str]:
         """The cached file of an image, and what it remembers: this changes when the image's own files do."""
         sample = self.samples[index]
         files = [path for path in (sample.image, sample.mask, sample.field_of_view) if path and os.path.exists(path)]
         states = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         place = os.path.abspath(sample.image), os.path.abspath(sample.mask), sample.number
-        meant = replace(sample, name="", group="", split="")  # none of which changes the cached image
-        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, (states, meant, VERSION)))
+        view = sample.field_of_view and os.path.abspath(sample.field_of_view)
+        meant = states, view, sample.meaning, VERSION  # of all that changes the cached image; not how a path is written
+        name, source = (hashlib.sha256(repr(what).encode()).hexdigest() for what in (place, meant))
         return self.folder / f"{name}.npy", source
 
     def check(self, index: int) -> tuple[np.ndarray, ...]:

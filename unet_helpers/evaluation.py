@@ -97,7 +97,7 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         intervals = [list(scores.bootstrap_interval(one, scores.dice)) for one in result.counts()[0].swapaxes(0, 1)]
         several |= {"per_class_dice_ci95": intervals, "confusion": result.table.table.tolist()}
     reasons |= {"dice_ci95": scores.ONE_IMAGE} if len(groups) == 1 else {}
-    per_image, pooled = dice(counts), groups if len(groups) < len(counts) else {}  # where each is of one image, none
+    per_image, pooled = dice(counts), (groups if len(groups) < len(counts) else {})  # where each is of one image, none
     order = ("dice", "iou", "sensitivity", "specificity", "precision", "accuracy", "correct", "total", "mcc")
     summary = {name: values[name] for name in (*order, "roc_auc", "pr_auc", "cldice")} | {"threshold": threshold}
     summary |= {"dice_ci95": list(scores.bootstrap_interval(result.counts(), dice))}

@@ -155,17 +155,17 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
         return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
     if form == "GIF" and picture.mode == "P":
-        colours, grey = np.array(picture.convert("RGB")), np.array(picture.convert("L"))
-        if (colours == grey[..., None]).all():
+        rgb, grey = np.array(picture.convert("RGB")), np.array(picture.convert("L"))
+        if (rgb == grey[..., None]).all():
             if np.isin(grey, (0, 255)).all():
                 return grey
             if (grey != values).any() and (values.max() > 1 or np.ptp(grey) < 128):
                 raise UserError(f"{path}: indices or greys of this GIF may be the classes: save the mask as PNG")
     if values.ndim == 3:
-        colours = values[..., :1] if picture.mode == "LA" else values[..., :3]
-        if picture.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
+        channels = values[..., :1] if picture.mode == "LA" else values[..., :3]
+        if picture.mode not in ("LA", "RGB", "RGBA") or (channels != channels[..., :1]).any():
             raise InColours(f"{path}: a mask in colours ({picture.mode}): save class indices, or set data.mask_values")
-        values = np.ascontiguousarray(colours[..., 0])
+        values = np.ascontiguousarray(channels[..., 0])
     if values.dtype != np.uint8:
         if not ((values >= 0) & (values < 2**16) & (values == np.round(values))).all():
             raise UserError(f"{path}: mask values must be whole numbers from 0 to 65535: save class indices, as PNG")
@@ -262,7 +262,7 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     """Find the part of a photograph that the camera saw: bool (H, W), estimated from the image (H, W, 3) alone.
 
     Only where a round aperture leaves four black corners something is cut off: the largest region brighter than they is
-    kept, holes filled and outline smoothed, if it is convex and covers a quarter. Other pictures are all field of view.
+    kept, holes filled and outline smoothed, if it is round and covers a quarter. Other pictures are all field of view.
     """
     step = -(-max(image.shape[:2]) // VIEW_SIDE)
     if step > 1:
@@ -287,9 +287,10 @@ def field_of_view(image: np.ndarray) -> np.ndarray:
     padded = cv2.copyMakeBorder(filled, *[2 * side] * 4, cv2.BORDER_REPLICATE)
     smooth = cv2.morphologyEx(cv2.morphologyEx(padded, cv2.MORPH_CLOSE, kernel), cv2.MORPH_OPEN, kernel)
     view = smooth[2 * side : -2 * side, 2 * side : -2 * side]
-    # An aperture is convex and fills the frame; a bright object on a dark ground is neither, or rarely both.
-    fills = view.mean() > 0.25 and view.sum() > 0.95 * cv2.contourArea(cv2.convexHull(cv2.findNonZero(view)))
-    return view.astype(bool) if fills else everything
+    # An aperture fills the frame and is round, but for what the frame cuts off; an object on a dark ground rarely is.
+    (x, y), radius = cv2.minEnclosingCircle(cv2.convexHull(cv2.findNonZero(view))) if view.any() else ((0, 0), 0)
+    disc = cv2.circle(np.zeros_like(view), (round(x), round(y)), round(radius), 1, cv2.FILLED)
+    return view.astype(bool) if view.mean() > 0.25 and view.sum() > 0.9 * disc.sum() else everything
 
 
 def view_diameter(view: np.ndarray) -> int | None:

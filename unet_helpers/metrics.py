@@ -95,9 +95,9 @@ class BinaryHistogram(_Tally):
         candidates = np.arange(1, 10_000) / 10_000
         fp, tp = table[:, [level(threshold) for threshold in candidates]]
         values = np.nan_to_num(dice(np.stack([tp, fp, table[1, 0] - tp, 0 * tp], -1)))
-        best = np.flatnonzero(values == values.max())
-        run = best[best - best[0] == np.arange(len(best))]
-        return float(candidates[run[(len(run) - 1) // 2]])
+        first = int(values.argmax())
+        length = int(np.append(values[first:] == values[first], False).argmin())  # up to the first that is no equal
+        return float(candidates[first + (length - 1) // 2])
 
     def scores(self, threshold: float) -> dict[str, float]:
         """All `SCORES` at the threshold, `roc_auc`, `pr_auc`, and `correct` and `total` pixels behind the accuracy."""

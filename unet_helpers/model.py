@@ -206,7 +206,7 @@ class UNet(nn.Module):
         """Return the smallest input height (or width) that loses nothing to cropping and gives `size` or more out."""
         if self.padding == "same":
             return size
-        return -((4 - size) // self.stride) * self.stride + 4 + 2 * self.border
+        return math.ceil((size - 4) / self.stride) * self.stride + 4 + 2 * self.border
 
 
 def center_crop(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -132,7 +132,7 @@ def _place(folder: Path) -> tuple[bool, tuple[str, ...]]:
     for part in map(str.lower, folder.parts):
         rest = _strip(part, MASK_WORDS)
         has_masks |= rest != part
-        rest = _strip(part, IMAGE_WORDS) if rest == part else rest
+        rest = _strip(rest, IMAGE_WORDS)  # `image_masks`
         parts += [SPLIT_OF.get(rest, rest)] if rest else []
     return has_masks, tuple(parts)
 
@@ -144,12 +144,12 @@ def _strip(name: str, words: str) -> str:
 
 
 def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Path]:
-    """Find the mask of each image: of equal stem, or equal without `_mask`, `_manual1`, `img_`, `_test`, and the like.
+    """Find the mask of each image: of equal stem, without `_mask` and the like, or without `img_` or `_test` as well.
 
     Raises `UserError`, naming an image that has no mask, or two files that cannot be told apart.
     """
     found: dict[Path, Path] = {}
-    for image_words, mask_words in (("", ""), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
+    for image_words, mask_words in (("", ""), ("(?!)", MASK_WORDS), ("|".join([IMAGE_WORDS, *SPLIT_OF]), MASK_WORDS)):
         left = _by_tokens([path for path in images if path not in found], image_words)
         taken = set(found.values())
         right = _by_tokens([path for path in masks if path not in taken], mask_words)
@@ -177,7 +177,7 @@ def _by_tokens(paths: list[Path], words: str) -> dict[tuple[str, ...], list[Path
 
 def _words(path: Path) -> list[str]:
     """The parts of a file's stem, in the Unicode form NFC: a Mac may write ü as u and two dots."""
-    return re.split(r"[-_.\s()]+", unicodedata.normalize("NFC", path.stem.lower()))
+    return re.split(r"(?<!ground)[-_.\s()]+|[-_.\s()]+(?!truth)", unicodedata.normalize("NFC", path.stem.lower()))
 
 
 def groups_by_name(pairs: Sequence[Pair], pattern: str) -> list[str]:

@@ -117,20 +117,6 @@ def class_handles(names: Sequence[str]) -> list[Patch]:
     return [Patch(facecolor=colour, edgecolor=GREY, label=name) for colour, name in zip(colours, names, strict=True)]
 
 
-def plot_confusion(table: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    """A confusion matrix, pixels of true class (row) and predicted class (column), as shares of each row."""
-    from sklearn.metrics import ConfusionMatrixDisplay  # a second, which only this should cost
-
-    side = 2.5 + 0.5 * len(names)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes, counts = figure.subplots(), np.asarray(table, dtype=float)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    matrix = ConfusionMatrixDisplay(shares, display_labels=names)
-    matrix.plot(ax=axes, cmap="cividis", values_format=".2f", xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1})
-    axes.set(xlabel="predicted", ylabel="truth")
-    return figure
-
-
 def plot_arms(table: list[dict], baseline: str) -> Figure:
     """The arms of a study, as `studies.summarise_study` lists them: each seed a dot, their mean with its interval."""
     figure = Figure(figsize=(8, 1 + 0.35 * len(table)), layout="constrained")

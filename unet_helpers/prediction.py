@@ -38,7 +38,7 @@ def find_views(config: Config, flips: bool | str) -> bool | str:
     shown, angle = config.augmentation.flips, config.augmentation.rotation
     if flips == "rotations" and angle < (90 if shown is True else 180):  # both mirror images make a half turn
         raise UserError(f"--rotations: augmentation.rotation was {angle} in training, which is too small: drop it.")
-    return {False: "turns", True: "all"}[bool(shown)] if flips == "rotations" else flips and shown
+    return ("all" if shown else "turns") if flips == "rotations" else flips and shown
 
 
 @torch.inference_mode()
@@ -69,12 +69,12 @@ def scale_of(model: nn.Module, view: np.ndarray) -> float:
     return 1.0 if not wanted or not diameter or abs(diameter / wanted - 1) <= SAME_SIZE else wanted / diameter
 
 
-def average(model: nn.Module, image: Tensor, flips: bool | str, tile: int, odd: int = 0) -> Tensor:
-    """Mean probability of the views of an image (C, H, W), but for the last `odd` rows, which mirror images leave out.
+def average(model: nn.Module, image: Tensor, flips: bool | str, tile: int, rest: int = 0) -> Tensor:
+    """Mean probability of the views of an image (C, H, W), but for the last `rest` rows, which mirror images leave out.
 
     So a strip's mirror image lies on the same pooling grid as in the mirror image of the whole picture.
     """
-    total, end = 0, image.shape[-2] - odd
+    total, end = 0, image.shape[-2] - rest
     for axes, turned in VIEWS[flips]:
         view = (image[:, :end] if -2 in axes else image).flip(axes)[None]
         seen = probabilities(predict_logits(model, view.mT if turned else view, tile))[0]
@@ -127,10 +127,10 @@ def predict_strips(run: Run, picture: np.ndarray, device, flips: bool | str, min
     side = min(data.longest_side or longest, longest)
     side = round(longest * scale_of(model, view)) if side == longest else side
     if side < longest:
-        small = predict_image(model, images.shrink(picture, side), device, flips, data)
-        y, x = ((torch.arange(count, device=device) * 2 + 1) / count - 1 for count in (height, width))  # from -1 to 1
+        small = predict_image(model, images.shrink(picture, side), device, flips, data).cpu()
+        y, x = ((torch.arange(count) * 2 + 1) / count - 1 for count in (height, width))  # from -1 to 1
     statistics = images.statistics_inside(picture, view)
-    margin, core = tiling(model, STRIP, spare=model.stride)  # what `odd` takes away is less than a stride
+    margin, core = tiling(model, STRIP, spare=model.stride)  # what `rest` takes away is less than a stride
     for rows in images.strips(picture.shape, core):
         let_go(picture)
         # A region of fewer than `min_size` pixels spans fewer rows.
@@ -294,5 +294,4 @@ def find_truths(inputs: list[Path], truth: Path | str, meaning="auto") -> dict[P
     masks = pair_by_name(inputs, images.list_images(truth)) if truth.is_dir() else {inputs[0]: truth}
     meaning = find_meaning(list(masks.values()), meaning)
     coloured = isinstance(meaning, images.Colours)
-    read = {path: images.read_mask_values(mask, coloured) for path, mask in masks.items()}
-    return {path: images.decode_mask(values, meaning, masks[path]) for path, values in read.items()}
+    return {path: images.decode_mask(images.read_mask_values(at, coloured), meaning, at) for path, at in masks.items()}

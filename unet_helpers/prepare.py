@@ -23,7 +23,7 @@ from unet_helpers.catalogue import HOW_TO_GET, class_names, find_drive, missing,
 from unet_helpers.config import IGNORE, Config, DataConfig, UserError, check_config, one_line
 from unet_helpers.datasets import Sample, find_samples, load_sample
 from unet_helpers.images import Colours, orientation, shrink
-from unet_helpers.pairing import SPLITS
+from unet_helpers.pairing import LIST, SPLIT_OF, SPLITS
 from unet_helpers.plots import CELL, contact_sheet, overlay, to_png
 from unet_helpers.system import make_folder, whole_file, write_error, write_table, write_whole
 
@@ -134,6 +134,14 @@ def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixel
     if len(samples) < whole:
         each = Counter(sample.group for sample in samples).values()
         lines.append(f"note: these are {len(samples)} of the {whole} images, {min(each)} to {max(each)} a group")
+    ends = r"[\W_]*\d+\D*$", r"(?<=\d)\D*$"  # of names: the last number, or what follows it
+    plain = ["/".join(part for part in one.name.split("/") if part not in SPLIT_OF) for one in samples]
+    heads = (Counter(re.sub(end, "", name) for name in plain) for end in ends)
+    alike = next((found for found in heads if 2 <= len(found) <= len(samples) // 2), None)
+    if config.name == "folder" and alike and len({one.group for one in samples}) == len(samples):
+        some = _some([f"{head}... ({count})" for head, count in alike.most_common()])
+        remedy = f"if these are of one patient or film each, set data.group_pattern or make a {LIST}"
+        lines.append(f"note: each image is a group of its own, also {some}: {remedy}")
     sides = Counter(group for held in groups.values() for group in set(held))
     if torn := sorted(group for group, count in sides.items() if count > 1):
         lines.append(f"note: the standard split has frames of one film, {', '.join(torn)}, on several sides")

@@ -6,6 +6,7 @@ import csv
 import json
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Run:
     path: Path  # its folder
     config: Config  # every setting it was trained with; of an ensemble, its first run's, but for flips and rotation
     model: nn.Module  # in evaluation mode, on the CPU; its `view_diameter`: that of training images, in pixels, or None
-    metrics: dict  # the content of `metrics.json`; of an ensemble also "runs", their names
+    metrics: dict  # the content of `metrics.json`; of an ensemble also "runs", their names, and "thresholds"
 
     @property
     def threshold(self) -> float | None:
@@ -85,13 +86,14 @@ def join_runs(path: Path, runs: list[Run]) -> Run:
     flips = min((config.augmentation.flips for config in configs), key=[False, "horizontal", True].index)
     rotation = min(config.augmentation.rotation for config in configs)
     config = replace(configs[0], augmentation=replace(configs[0].augmentation, flips=flips, rotation=rotation))
-    metrics = {"threshold": None if runs[0].threshold is None else statistics.mean(run.threshold for run in runs)}
-    if (path / "metrics.json").is_file() and (own := read_metrics(path, config)).get("runs") == names:
+    known = {"runs": names, "thresholds": [run.threshold for run in runs]}
+    metrics = {"threshold": None if runs[0].threshold is None else statistics.mean(known["thresholds"])}
+    if (path / "metrics.json").is_file() and known.items() <= (own := read_metrics(path, config)).items():
         metrics = own  # else it was chosen for other runs
     seen = sorted({name for run in runs for name in run.metrics.get("training_images", [])})
     model = Ensemble([run.model for run in runs]).eval()
     model.view_diameter = statistics.mean(sizes) or None
-    return Run(path, config, model, metrics | {"runs": names, "training_images": seen})
+    return Run(path, config, model, metrics | known | {"training_images": seen})
 
 
 def export(run: Path | str, output: Path | str) -> None:
@@ -198,7 +200,8 @@ def save_epoch(run: Path, config: Config, progress: Progress, network: nn.Module
         tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
     header = {"progress": json.dumps(asdict(progress)), "scaler": json.dumps(scaler.state_dict() if scaler else {})}
     write_tensors(run / LAST, tensors, header)
-    write_history(run, progress.history, draw=progress.history[-1]["seconds"] > 3)
+    with suppress(UserError):  # a spreadsheet holds the file, on Windows: the checkpoint has it all
+        write_history(run, progress.history, draw=progress.history[-1]["seconds"] > 3)
 
 
 def load_state(run: Path, network: nn.Module, average, optimiser, scaler) -> Progress:

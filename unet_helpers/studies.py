@@ -184,8 +184,9 @@ def read_rows(study: Path, arms: dict[str, Arm] | None = None) -> list[dict]:
         for arm in {row["arm"] for row in known}:
             own = [row for row in known if row["arm"] == arm]
             counts, sound = counts_of(own), not any(row["val_dice"] < 0 or row["val_dice"] > 1 for row in own)
-            if not sound or counts.dtype.kind != "i" or counts.shape[-1] != 4:
-                raise ValueError(f"Dice or counts of {arm} are no such numbers")
+            kinds, true = (counts.dtype.kind, counts.shape[-1]), counts[..., ::2].sum(-1)  # tp + fn: true pixels
+            if not sound or kinds != ("i", 4) or np.ptp(true, axis=0).any():
+                raise ValueError(f"{arm}: wrong Dice or counts, or its seeds saw other masks: delete its rows and runs")
         return known
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as rows of a study: {one_line(error)}") from error

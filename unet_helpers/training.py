@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from unet_helpers import system
 from unet_helpers.config import IGNORE, Config, RunError, UserError, check_config
 from unet_helpers.datasets import TrainingPatches, WholeImages, settle
 from unet_helpers.evaluation import choose_threshold, samples_of, score_images, summarise, validate
@@ -30,15 +31,6 @@ from unet_helpers.images import view_diameter
 from unet_helpers.losses import SegmentationLoss
 from unet_helpers.model import build_model, center_crop, count_parameters
 from unet_helpers.runs import LAST, Progress, load_network, load_state, new_run, save_epoch, write_history
-from unet_helpers.system import (
-    describe_device,
-    find_device,
-    find_precision,
-    keep_memory,
-    memory_format,
-    memory_is_full,
-    write_json,
-)
 
 
 def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = False) -> dict:
@@ -107,8 +99,8 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
             bar = tqdm(range(steps), f"epoch {epoch + 1}", leave=False, disable=quiet or not main, unit="step")
             for step in bar:
                 rate = learning_rate(epoch * steps + step, total, settings.learning_rate, settings.warmup)
-                thawed = epoch * steps + step >= settings.encoder_frozen * total
-                factors = 1.0, settings.encoder_rate * thawed
+                frozen = epoch * steps + step < settings.encoder_frozen * total
+                factors = 1.0, 0.0 if frozen else settings.encoder_rate
                 for group, factor in zip(optimiser.param_groups, factors, strict=False):  # `UNet` has one group
                     group["lr"] = rate * factor
                 images, masks = next(loader)
@@ -133,11 +125,11 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
         if ("DataLoader worker" in str(error) and "exited" in str(error)) or "killed by signal" in str(error):
             remedy = "lower training.workers, then go on with --resume."
             raise RunError(f"A process that prepares data was killed, as when the memory is full: {remedy}") from error
-        if not memory_is_full(error):
+        if not system.memory_is_full(error):
             raise
         sizes = f"training.batch_size (now {settings.batch_size}) or augmentation.patch_size"
         remedy = f"lower {sizes} (now {config.augmentation.patch_size}), then start again."
-        raise RunError(f"The memory of {device} is full; {remedy}") from error
+        raise RunError(f"The memory of {device} is full; {remedy} Or --resume with --training.device=cpu.") from error
 
 
 def finish(run: Path, config: Config, progress: Progress, accelerator, validation, patches: TrainingPatches) -> dict:
@@ -156,21 +148,21 @@ def finish(run: Path, config: Config, progress: Progress, accelerator, validatio
         metrics = {"threshold": threshold, "best_epoch": progress.best_epoch, "epochs": config.training.epochs}
         metrics |= {"steps": progress.history[-1]["step"], "parameters": count_parameters(network)}
         metrics |= {"training_images": patches.names, "view_diameter": network.view_diameter, "seconds": seconds}
-        metrics |= {"device": describe_device(device), "processes": accelerator.num_processes}
+        metrics |= {"device": system.describe_device(device), "processes": accelerator.num_processes}
         metrics |= {"precision": accelerator.mixed_precision, "versions": versions}
         metrics |= {"val": summarise(result, threshold, config.augmentation.flips)}
         write_history(run, progress.history)
-        write_json(run / "metrics.json", metrics)
+        system.write_json(run / "metrics.json", metrics)
     accelerator.wait_for_everyone()
     return metrics
 
 
 def make_accelerator(config: Config, run: Path | None = None) -> Accelerator:
     """Hugging Face's wrapper for devices, processes and mixed precision, set as the configuration asks."""
-    device = find_device(config.training.device)
-    precision = find_precision(config.training.precision, device)
+    device = system.find_device(config.training.device)
+    precision = system.find_precision(config.training.precision, device)
     if device.type == "cpu":
-        keep_memory()
+        system.keep_memory()
     if not torch.distributed.is_initialized():
         # Otherwise a second run in the same notebook keeps the first one's device and precision.
         state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -192,7 +184,7 @@ def train_step(model, optimiser, loss_function, accelerator, images: Tensor, mas
     where convolutions are valid. A gradient whose norm exceeds `clip_norm` is shortened to it, unless that is 0.
     """
     device = accelerator.device  # to Apple's GPU, asynchronous copies have given wrong results
-    images = images.to(device, memory_format=memory_format(device), non_blocking=device.type == "cuda")
+    images = images.to(device, memory_format=system.memory_format(device), non_blocking=device.type == "cuda")
     masks = masks.to(device, non_blocking=device.type == "cuda")
     logits = model(images)
     reduce = (lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None

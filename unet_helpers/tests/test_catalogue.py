@@ -239,6 +239,12 @@ def test_camvid_keeps_its_standard_split_and_turns_void_into_255(tmp_path):
     assert class_names(DataConfig("camvid"), 11)[10] == "cyclist"
 
 
+def test_camvid_has_no_folds(tmp_path):
+    camvid(tmp_path / "CamVid")
+    with pytest.raises(UserError, match=r"data\.folds is 5, but camvid has a standard split: set it to 0"):
+        find_samples(DataConfig("camvid", str(tmp_path), folds=5))
+
+
 def test_camvid_names_a_file_with_a_label_out_of_range_and_what_is_missing(tmp_path):
     camvid(tmp_path, values=13)
     with pytest.raises(UserError, match=r"0001TP_01\.png: holds the label 12"):

@@ -238,6 +238,18 @@ def test_large_sets_are_decoded_once_and_come_from_mapped_files(cached, decoding
     assert decodings == []
 
 
+def test_the_cache_does_not_care_how_a_path_is_written(cached, decodings, monkeypatch, tmp_path):
+    config, _ = cached
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 5_000)
+    TrainingPatches(find_samples(config.data), config)
+    decodings.clear()
+    monkeypatch.chdir(tmp_path)
+    config.data.root = os.path.relpath(config.data.root)
+    assert not os.path.isabs(find_samples(config.data)[0].image)
+    TrainingPatches(find_samples(config.data), config)
+    assert decodings == []
+
+
 def test_large_sets_are_decoded_once_even_if_little_is_kept_of_them(cached, decodings, monkeypatch):
     config, cache = cached
     config.data.longest_side = 15

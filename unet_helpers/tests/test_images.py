@@ -278,6 +278,28 @@ def test_pictures_without_a_round_aperture_are_all_field_of_view():
         assert field_of_view(image).all()
 
 
+def test_an_object_on_a_dark_ground_is_no_aperture():
+    """A black surround is no reason to leave out what sticks out of a convex, but not round, bright thing."""
+    disc = cv2.circle(np.zeros((200, 200), np.uint8), (80, 100), 70, 180, cv2.FILLED)
+    handle = cv2.rectangle(disc.copy(), (100, 90), (199, 110), 180, cv2.FILLED)
+    brain = cv2.ellipse(np.zeros((200, 200), np.uint8), (100, 100), (85, 65), 0, 0, 360, 180, cv2.FILLED)
+    plate = cv2.rectangle(np.zeros((200, 200), np.uint8), (30, 30), (169, 169), 180, cv2.FILLED)
+    for picture in (handle, brain, plate):
+        assert field_of_view(np.stack([picture] * 3, -1)).all()
+    assert field_of_view(np.stack([disc] * 3, -1)).mean() == pytest.approx(np.pi * 70**2 / 200**2, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (150, 200), (200, 150), (160, 160)])
+def test_an_aperture_that_the_frame_cuts_off_is_found(shape):
+    picture = np.full((*shape, 3), 3, np.uint8)
+    cv2.circle(picture, (shape[1] // 2, shape[0] // 2), 98, (180, 120, 80), cv2.FILLED)
+    view = field_of_view(picture)
+    inside = picture[..., 0] == 180
+    assert (view & inside).sum() / (view | inside).sum() > 0.97
+    assert not view[0, 0]
+    assert not view[-1, -1]
+
+
 @pytest.mark.skipif(not find_drive(REAL_DATA), reason="no DRIVE in data/ or the folder that UNET_DATA_ROOT names")
 def test_field_of_view_agrees_with_the_official_masks_of_drive():
     paths = sorted(find_drive(REAL_DATA)[0].glob("*/images/*.tif"))

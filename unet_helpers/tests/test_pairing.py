@@ -47,6 +47,13 @@ def touch(root: Path, *names: str) -> Path:
         ("123_img.jpg", "123_label.png"),
         ("image.png", "mask.png"),
         ("A 1.JPG", "a 1_MASK.PNG"),
+        ("IMG_1234.JPG", "IMG_1234_mask.png"),
+        ("image_001.png", "image_001_mask.png"),
+        ("frame_0001.png", "frame_0001_label.png"),
+        ("photo (1).jpg", "photo (1)_mask.png"),
+        ("train_1.png", "train_1_mask.png"),
+        ("a.png", "a_ground_truth.png"),
+        ("a.png", "ground-truth-a.png"),
     ],
 )
 def test_usual_ways_of_naming(image, mask):
@@ -89,6 +96,10 @@ def test_ambiguous_and_missing_masks_are_named():
         ("scan 1_left.jpg", "scan 1_left_mask.png"),
         ("imgs/sub/a.jpg", "masks/sub/a.png"),
         ("a/image.png", "a/mask.png"),
+        ("images/a.png", "image_masks/a.png"),
+        ("img/a.png", "img_masks/a.png"),
+        ("IMG_1.jpg", "IMG_1_mask.png"),
+        ("a.jpg", "a_ground_truth.png"),
     ],
 )
 def test_layouts_without_splits(tmp_path, names):

@@ -12,7 +12,6 @@ from unet_helpers.plots import (
     colour_classes,
     error_map,
     plot_arms,
-    plot_confusion,
     plot_history,
     to_png,
 )
@@ -58,15 +57,6 @@ def test_colours_stay_apart_for_colour_blind_readers(count):
         lab = rgb2lab((1.055 * seen ** (1 / 2.4) - 0.055).clip(0, 1)[None])[0]
         distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[np.triu_indices(count, 1)]
         assert distances.min() > 6
-
-
-def test_a_confusion_matrix_shows_shares_of_each_true_class():
-    figure = plot_confusion([[3, 1, 0], [0, 0, 0], [1, 1, 2]], ["a", "b", "c"])
-    axes = figure.axes[0]
-    np.testing.assert_allclose(axes.images[0].get_array(), [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "truth")
-    assert to_png(figure).startswith(b"\x89PNG")
 
 
 def test_history_is_drawn_even_where_dice_is_undefined():

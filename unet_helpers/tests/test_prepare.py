@@ -117,6 +117,33 @@ def test_the_report_says_what_was_found(tmp_path):
     assert [line["split"] for line in rows(tmp_path / "out/folder_val.csv")] == ["val", "val"]
 
 
+@pytest.mark.parametrize(
+    ("names", "heads"),
+    [
+        (["TCGA_0_1", "TCGA_0_2", "TCGA_1_1", "TCGA_1_2", "TCGA_1_3", "TCGA_2_1", "TCGA_2_2"], "TCGA_1... (3); TCGA_0"),
+        (["p1/slice1", "p1/slice2", "p1/slice3", "p2/slice1", "p2/slice2", "p2/slice3"], "p1/slice... (3); p2/slice"),
+        (["eye1_left", "eye1_right", "eye2_left", "eye2_right", "eye3_left", "eye3_right"], "eye1... (2)"),
+        (["IMG_1", "IMG_2", "IMG_3", "IMG_4", "IMG_5", "IMG_6"], ""),
+        (["train/1", "train/2", "train/3", "test/4", "test/5", "test/6"], ""),
+        (["a", "b", "c", "d", "e", "f"], ""),
+        (["p1__1", "p1__2", "p2__1", "p2__2", "p3__1", "p3__2"], ""),  # the default pattern has seen it
+    ],
+)
+def test_names_that_look_like_groups_are_pointed_out(tmp_path, names, heads):
+    rng = np.random.default_rng(0)
+    for name in names:
+        for ending in (".png", "_mask.png"):
+            path = tmp_path / "data" / f"{name}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = (
+                rng.integers(0, 2, (8, 8), np.uint8) if "mask" in ending else rng.integers(0, 256, (8, 8, 3), np.uint8)
+            )
+            Image.fromarray(values).save(path)
+    report = prepare(DataConfig("folder", str(tmp_path / "data")), tmp_path / "out")
+    assert ("a group of its own" in report) == bool(heads)
+    assert heads in report
+
+
 def test_the_same_picture_on_two_sides_is_pointed_out(tmp_path):
     config = write_folder(tmp_path)
     for number in range(1, 10):

@@ -175,6 +175,10 @@ def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemb
     images = WholeImages(samples_of(opened.config, "val"), opened.config)
     assert choose_threshold(opened.model, images, torch.device("cpu")) == opened.threshold
     assert evaluate(ensemble)["threshold"] == opened.threshold
+    (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics | {"threshold": 0.7}))  # `a` was trained again
+    assert load_run(ensemble).threshold == pytest.approx((0.7 + 0.9) / 2)
+    (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics))
+    assert load_run(ensemble).threshold == opened.threshold
     shutil.copytree(trained_run, ensemble / "c")  # now it is another ensemble
     assert load_run(ensemble).threshold == pytest.approx((2 * load_run(trained_run).threshold + 0.9) / 3)
 

@@ -294,6 +294,19 @@ def test_damaged_files_are_named(study, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
+def test_seeds_scored_on_other_masks_are_not_averaged(finished, study):
+    keep(finished, study, "plain")
+    rows = studies.read_rows(study)
+    tp, fp, fn, tn = rows[1]["counts"]["val_000"]
+    rows[1]["counts"]["val_000"] = [tp + 1, fp - 1, fn, tn]  # a pixel that was called vessel has become one
+    studies.write_rows(study, rows)
+    with pytest.raises(UserError, match=r"rows\.csv: .*plain.* other masks"):
+        run_study(study)
+    rows[1]["counts"]["val_000"] = [tp + 1, fp, fn - 1, tn]  # another network's prediction of the same mask
+    studies.write_rows(study, rows)
+    assert len(studies.read_rows(study, load_grid(study)[0])) == 2
+
+
 def test_the_command_trains_and_prints_the_table(finished, study, capsys):
     keep(finished, study, "plain")
     (study / "rows.csv").unlink()

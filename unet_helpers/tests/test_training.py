@@ -334,8 +334,24 @@ def test_full_memory_says_which_setting_to_lower(small_config, tmp_path, monkeyp
         raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
 
     monkeypatch.setattr(training, "train_step", full)
-    with pytest.raises(RunError, match=r"training\.batch_size \(now 4\)"):
+    with pytest.raises(RunError, match=r"training\.batch_size \(now 4\).*--resume with --training\.device=cpu"):
         train(small_config, tmp_path / "run", quiet=True)
+
+
+def test_a_history_that_another_program_holds_open_does_not_end_the_training(small_config, tmp_path, monkeypatch):
+    """As Windows refuses to replace what a spreadsheet shows; the checkpoint holds the history, too."""
+    real, refused = os.replace, []
+
+    def replace(source, target):
+        if Path(target).name == "history.csv" and len(refused) < 2:
+            refused.append(target)
+            raise PermissionError(13, "Permission denied", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    train(small_config, tmp_path / "run", quiet=True)
+    assert len(refused) == 2
+    assert len(read_history(tmp_path / "run" / "history.csv")) == 1 + small_config.training.epochs
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained_run, small_config):
