@@ -70,8 +70,7 @@ def find_samples(config: DataConfig, observer: int = 1) -> list[Sample]:
         if config.name == "camvid" and config.folds:
             raise UserError(f"data.folds is {config.folds}, but camvid has a standard split: set it to 0")
         # CamVid's standard split has frames of one film on two sides; whoever compares with others must follow it.
-        standard = observer == 2 or config.name == "camvid"
-        splits = brought if standard else assign_splits(groups, brought, config)
+        splits = brought if observer == 2 or config.name == "camvid" else assign_splits(groups, brought, config)
         for pair, group, split in zip(pairs, groups, splits, strict=True):
             stem = pair.image.stem if pair.number is None else f"{pair.number:04d}"
             name, view = "/".join([*pair.folders, stem]), pair.field_of_view and str(pair.field_of_view)
@@ -150,8 +149,7 @@ def decode(sample: Sample, config: Config) -> tuple[np.ndarray, ...]:
     """Image and mask of `load_sample`, reduced; the estimated field of view, bool (H, W); mean and deviation inside."""
     image, mask = load_sample(sample)
     check_labels(mask, config.model.num_classes, sample.mask)  # now: what is rare may vanish when it is reduced
-    image = images.shrink(image, config.data.longest_side)
-    mask = images.shrink(mask, config.data.longest_side, is_mask=True)
+    image, mask = images.shrink(image, config.data.longest_side), images.shrink(mask, config.data.longest_side, True)
     view = images.field_of_view(image)
     return image, mask, view, *images.statistics_inside(image, view)
 

@@ -94,7 +94,8 @@ def summarise(result: Evaluation, threshold: float | None, flips: bool) -> dict:
         values["cldice"], reasons = float("nan"), {"cldice": "defined for binary masks only"}
         absent = [name for name, (tp, _, fn, _) in zip(result.class_names, counts.sum(0), strict=True) if tp + fn == 0]
         several = {"classes": result.class_names, "absent": absent, "per_class": values["per_class"]}
-        intervals = [list(scores.bootstrap_interval(one, scores.dice)) for one in result.counts()[0].swapaxes(0, 1)]
+        each = result.counts()[0].swapaxes(0, 1)[:, None, :, None]  # a set of one class for each
+        intervals = [list(scores.bootstrap_interval(one, metrics.mean_dice)) for one in each]
         several |= {"per_class_dice_ci95": intervals, "confusion": result.table.table.tolist()}
     reasons |= {"dice_ci95": scores.ONE_IMAGE} if len(groups) == 1 else {}
     per_image, pooled = dice(counts), (groups if len(groups) < len(counts) else {})  # where each is of one image, none

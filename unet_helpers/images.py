@@ -63,6 +63,9 @@ def _open(path: str | Path) -> tuple[Image.Image, str, bool]:
     """A picture, decoded and upright; its format; whether Pillow silently keeps 8 of its 16 bits a colour channel."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
+            pages = range(picture.n_frames)[::-1] if picture.format == "TIFF" else [0]  # back to the first
+            if [picture.seek(page) or picture.size for page in pages].count(picture.size) > 1:  # smaller ones: previews
+                raise UserError(f"{path}: a stack of {len(pages)} pictures: save each slice, or channels as one RGB")
             deep = picture.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in picture.tile)
             tags = getattr(picture, "tag_v2", {})
             if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and max(tags.get(ExifTags.Base.BitsPerSample)) > 8:
@@ -90,7 +93,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Deep pictures are stretched to 0..1 from their own darkest and brightest values, since a 16-bit file may come from a
     12-bit camera; beyond these lie at most a ten-thousandth of the pixels at each end, such as a sensor's hot ones.
     Grey becomes three equal channels, palettes become colours, alpha is dropped (the colour beneath stays), EXIF
-    orientation is followed, the first of several frames counts. `UserError` names a file that cannot be read.
+    orientation is followed, the first frame counts. `UserError` names a file that cannot be read, or holds a stack.
     """
     picture, _, is_deep = _open(path)
     if picture.mode in DEEP_MODES:
@@ -141,20 +144,20 @@ def read_mask_values(path: str | Path, colours: bool = False) -> np.ndarray:
     """Read the numbers in a mask file: uint8 or uint16 (H, W), as stored; with `colours`, uint32 0xRRGGBB.
 
     Palette pictures give their indices, never their colours (`convert("L") > 0` reads DRIVE's second observer wrongly:
-    Dice .226 instead of .789), but a GIF in pure black and white gives 0 and 255, as programs number its colours as
-    they please. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives one channel. `UserError` for a GIF whose greys
+    Dice .226 instead of .789), but those in pure black and white give 0 and 255, as programs number these as they
+    please. 1-bit pictures give 0 and 1; grey stored as RGB(A) gives one channel. `UserError` for a GIF whose greys
     were numbered anew (Pillow saves 0, 1, 255 as 0, 1, 2), a JPEG, and `InColours` for true colours without `colours`.
     """
     picture, form, is_deep = _open(path)
     form = "JPEG" if picture.info.get("compression") == "jpeg" else form  # inside a TIFF
     if form in ("JPEG", "MPO", "JPEG2000"):
-        raise UserError(f"{path}: a mask saved as {form} has lost its exact values: save the original as PNG")
+        raise UserError(f"{path}: a mask saved as {form} is inexact: save the original, or what exceeds 127, as PNG")
     if is_deep or (colours and picture.mode in DEEP_MODES):
         raise UserError(f"{path}: a mask in colours must have 8 bits a channel, not 16: save it again, as PNG")
     if colours:
         return np.array(picture.convert("RGB"), np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
     values = np.array(picture, np.uint8 if picture.mode == "1" else None)
-    if form == "GIF" and picture.mode == "P":
+    if picture.mode == "P" and (form == "GIF" or picture.palette.colors.keys() <= {(0, 0, 0), (255, 255, 255)}):
         rgb, grey = np.array(picture.convert("RGB")), np.array(picture.convert("L"))
         if (rgb == grey[..., None]).all():
             if np.isin(grey, (0, 255)).all():
@@ -202,7 +205,7 @@ def mask_meaning(values: Iterable[int]) -> Meaning:
         shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
         reason = "masks resized with interpolation or once saved as JPEG look like this"
         problem = f"unexpected mask values {shown}: neither 0/1, 0/255 nor class indices 0..k; {reason}"
-        raise UserError(f"{problem}: export them again, or set data.mask_values (`colours`: each value is a class)")
+        raise UserError(f"{problem}: export again, or set data.mask_values (to what, says data/README.md)")
     return "classes"
 
 

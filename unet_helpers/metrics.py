@@ -134,7 +134,7 @@ class ConfusionMatrix(_Tally):
         counts, table = self.counts(), self.table.cpu().numpy().astype(np.float64)
         per_class = {name: score(counts).tolist() for name, score in SCORES.items()}
         correct, total, true, said = table.trace(), table.sum(), table.sum(1), table.sum(0)
-        spread = np.sqrt(total**2 - (true**2).sum()) * np.sqrt(total**2 - (said**2).sum())
+        spread = np.sqrt((total**2 - (true**2).sum()) * (total**2 - (said**2).sum()))
         means = {name: float(class_mean(score, counts)) for name, score in SCORES.items()}
         means |= {"accuracy": float(ratio(correct, total)), "mcc": float(ratio(correct * total - true @ said, spread))}
         return means | {"correct": int(correct), "total": int(total), "per_class": per_class}

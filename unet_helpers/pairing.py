@@ -22,9 +22,9 @@ from unet_helpers.images import list_images
 
 SPLITS = ("train", "val", "test")
 SPLIT_OF = {"training": "train", "validation": "val", "valid": "val", "testing": "test"} | {x: x for x in SPLITS}
-IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?"
-MASK_WORDS = r"masks?|labels?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?"
-MASK_WORDS += r"|seg(?:mentation)?s?(?:class)?|(?:1st[-_ ])?manual"
+IMAGE_WORDS = r"images?|imgs?|pictures?|photos?|inputs?|jpegimages|frames?|originals?(?:[-_ ]images?)?|rgb|sat|ome"
+MASK_WORDS = r"masks?|label(?:led|ed|s)?|annot(?:ation)?s?|gts?|ground[-_ ]?truths?|targets?|trimaps?|1stho"
+MASK_WORDS += r"|seg(?:mentation)?s?(?:class(?:png)?)?|(?:1st[-_ ])?manual\d*"
 SHEETS = {f"{name}_sheet.png" for name in get_args(get_type_hints(DataConfig)["name"])}  # drawn by `prepare`
 LIST = "pairs.csv"  # at the top of a folder: says what belongs together
 
@@ -70,16 +70,16 @@ def read_folder(root: Path) -> list[Pair]:
     pairs = []
     for place, (images, masks) in sorted(places.items()):
         images, masks = sorted(images), sorted(masks)
-        if not masks:  # perhaps side by side in one folder
-            masks = [path for path in images if any(re.fullmatch(rf"({MASK_WORDS})\d*", x) for x in _words(path))]
-            images = sorted(set(images) - set(masks))
+        if not (images and masks):  # perhaps side by side in one folder, be it called `lgg-mri-segmentation`
+            named = [p for p in images + masks if any(re.fullmatch(rf"({MASK_WORDS})\d*", x) for x in _words(p))]
+            images, masks = sorted({*images, *masks} - {*(named or masks)}), named or masks
         matched = pair_by_name(images, masks)
         if unused := set(masks) - set(matched.values()):
-            raise UserError(f"{min(unused)}: no image with a matching name: add it, or move the mask elsewhere")
+            raise UserError(f"{min(unused)}: no image is left for it: rename, merge or move it, or write {LIST}")
         split = next((part for part in place if part in SPLIT_OF), "")
         pairs += [Pair(image, mask, split, place) for image, mask in matched.items()]
     if not pairs:
-        raise UserError(f"{root}: no pictures below it: put photographs in {root}/images, their masks in {root}/masks")
+        raise UserError(f"{root}: no pictures below it: put them, as PNG, in {root}/images, masks in {root}/masks")
     return pairs
 
 
@@ -117,7 +117,7 @@ def read_list(path: Path) -> list[Pair]:
 def _listed(table: Path, name: str, place: str) -> Path:
     """The file that a list calls `name`, whichever Unicode form the disk keeps its name in."""
     home = os.path.abspath(table.parent)
-    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name), name.replace("\\", "/")):
         full = os.path.abspath(os.path.join(home, form))
         if not Path(full).is_relative_to(home):
             raise UserError(f"{place}: {one_line(name)} lies outside {table.parent}: move the list above all its files")
@@ -128,13 +128,14 @@ def _listed(table: Path, name: str, place: str) -> Path:
 
 def _place(folder: Path) -> tuple[bool, tuple[str, ...]]:
     """Whether a folder is one of masks, and the folders on the way there without the words for image and mask."""
-    has_masks, parts = False, []
+    mark, parts = None, []  # what a mask folder is called beside the word for it
     for part in map(str.lower, folder.parts):
         rest = _strip(part, MASK_WORDS)
-        has_masks |= rest != part
+        # Images may lie in what is called `people_segmentation/images`; the frames of `masks/frames` are masks.
+        mark = rest if rest != part else (None if mark and _strip(part, IMAGE_WORDS) != part else mark)
         rest = _strip(rest, IMAGE_WORDS)  # `image_masks`
-        parts += [SPLIT_OF.get(rest, rest)] if rest else []
-    return has_masks, tuple(parts)
+        parts += [SPLIT_OF.get(re.sub(r"[-_ ]?(?:set|data|split)$", "", rest), rest)] if rest else []
+    return mark is not None, tuple(parts)
 
 
 def _strip(name: str, words: str) -> str:
@@ -153,14 +154,14 @@ def pair_by_name(images: Sequence[Path], masks: Sequence[Path]) -> dict[Path, Pa
         left = _by_tokens([path for path in images if path not in found], image_words)
         taken = set(found.values())
         right = _by_tokens([path for path in masks if path not in taken], mask_words)
-        for key in left.keys() & right.keys():
+        for key in sorted(left.keys() & right.keys()):
             for files in (left[key], right[key]):
                 if len(files) > 1:
                     raise UserError(f"{files[0]}: its name does not tell it from {files[1].name}: rename or remove one")
             found[left[key][0]] = right[key][0]
     if missing := [path for path in images if path not in found]:
-        more = f" (nor have {len(missing) - 1} others)" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}: this image has no mask{more}: add the mask, or move the image elsewhere")
+        remedy = f"move it away, add its mask (all black: nothing there), or list pairs in {LIST}, see data/README.md"
+        raise UserError(f"{missing[0]}: no mask for this image ({len(missing)} of {len(images)} have none): {remedy}")
     return {image: found[image] for image in images}
 
 

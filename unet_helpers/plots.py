@@ -40,8 +40,7 @@ def plot_history(history: list[dict], title: str = "") -> Figure:
     for axes in (losses, dice):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(title, parse_math=False)  # a name with $ in it is no formula
+    figure.suptitle(title, parse_math=False)  # a name with $ in it is no formula
     return figure
 
 

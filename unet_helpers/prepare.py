@@ -29,7 +29,7 @@ from unet_helpers.system import make_folder, whole_file, write_error, write_tabl
 
 KAGGLE_DRIVE = "zionfuo/drive2004"  # public: kagglehub fetches it without a login
 COLUMNS = ("image", "mask", "field_of_view", "group", "split")
-FORMS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored"}
+FORMS = {"binary": "0 background, anything else foreground", "classes": "class indices, 255 ignored, no object numbers"}
 SHEET = 12  # images on the contact sheet
 NEARLY_EMPTY = 0.001  # share of foreground below which a mask is pointed out
 MAX_ANGLE = 45.0  # degrees
@@ -134,14 +134,13 @@ def _describe(config: DataConfig, samples: list[Sample], names: list[str], pixel
     if len(samples) < whole:
         each = Counter(sample.group for sample in samples).values()
         lines.append(f"note: these are {len(samples)} of the {whole} images, {min(each)} to {max(each)} a group")
-    ends = r"[\W_]*\d+\D*$", r"(?<=\d)\D*$"  # of names: the last number, or what follows it
+    ends = r"[\W_]*\d+\D*$", r"(?<=\d)\D*$", r"\.rf\..*"  # of names: the last number, or what follows it, or Roboflow's
     plain = ["/".join(part for part in one.name.split("/") if part not in SPLIT_OF) for one in samples]
     heads = (Counter(re.sub(end, "", name) for name in plain) for end in ends)
     alike = next((found for found in heads if 2 <= len(found) <= len(samples) // 2), None)
     if config.name == "folder" and alike and len({one.group for one in samples}) == len(samples):
         some = _some([f"{head}... ({count})" for head, count in alike.most_common()])
-        remedy = f"if these are of one patient or film each, set data.group_pattern or make a {LIST}"
-        lines.append(f"note: each image is a group of its own, also {some}: {remedy}")
+        lines.append(f"note: each image is its own group, even {some}: one patient? set data.group_pattern or {LIST}")
     sides = Counter(group for held in groups.values() for group in set(held))
     if torn := sorted(group for group, count in sides.items() if count > 1):
         lines.append(f"note: the standard split has frames of one film, {', '.join(torn)}, on several sides")

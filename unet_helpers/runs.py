@@ -88,8 +88,8 @@ def join_runs(path: Path, runs: list[Run]) -> Run:
     config = replace(configs[0], augmentation=replace(configs[0].augmentation, flips=flips, rotation=rotation))
     known = {"runs": names, "thresholds": [run.threshold for run in runs]}
     metrics = {"threshold": None if runs[0].threshold is None else statistics.mean(known["thresholds"])}
-    if (path / "metrics.json").is_file() and known.items() <= (own := read_metrics(path, config)).items():
-        metrics = own  # else it was chosen for other runs
+    own = read_metrics(path, config) if (path / "metrics.json").is_file() else {}  # if of other runs, reads count
+    metrics = own if known.items() <= own.items() else metrics | {"reads": own.get("reads", {})}
     seen = sorted({name for run in runs for name in run.metrics.get("training_images", [])})
     model = Ensemble([run.model for run in runs]).eval()
     model.view_diameter = statistics.mean(sizes) or None
@@ -141,8 +141,8 @@ class Progress:
         row |= {name: scores[name.removeprefix("val_")] for name in VALIDATED}
         row = without_nan(row | {"images_per_second": speed, "seconds": seconds})
         best = self.history[self.best_epoch]["val_dice"] if self.history else None
-        # Where Dice is undefined (nothing to find in the validation images) the latest epoch is taken.
-        if best is None or row["val_dice"] is None or row["val_dice"] > best:
+        # Where Dice is undefined or 0 (nothing to find in the validation images) the latest epoch is taken.
+        if not best or row["val_dice"] is None or row["val_dice"] > best:
             self.best_epoch = self.epoch
         self.history.append(row)
 

@@ -86,7 +86,6 @@ class _Eye:
         return cv2.warpAffine(grid, matrix, self.shape[::-1], None, flags, cv2.BORDER_REFLECT)
 
 
-# ---- background ----
 def _background(rng: np.random.Generator, eye: _Eye) -> np.ndarray:
     """Light that an eye without vessels sends back: float32 (3, H, W), about 0 to 1; channels first are faster here."""
     base = np.float32([0.86, 0.46, 0.26]) * np.exp(rng.normal(0, [0.05, 0.07, 0.15])).astype(np.float32)
@@ -122,7 +121,6 @@ def _spots(rng: np.random.Generator, eye: _Eye, count: int) -> np.ndarray:
     return cv2.GaussianBlur(canvas, (0, 0), max(0.005 * eye.radius, 0.3)).astype(np.float32) / 255
 
 
-# ---- tree ----
 class _Shoot(NamedTuple):
     """A vessel about to grow."""
 
@@ -190,7 +188,6 @@ def _branch(rng, shoot: _Shoot, points: np.ndarray, headings: np.ndarray) -> tup
     return widths, children
 
 
-# ---- drawing ----
 def _fixed(points: np.ndarray) -> np.ndarray:
     return np.round(points * 2**SHIFT).astype(np.int32)
 
@@ -222,7 +219,6 @@ def _transmission(rng: np.random.Generator, coverage: np.ndarray, eye: _Eye) -> 
     return np.exp(-strength * (artery * of_artery + vein * of_vein))
 
 
-# ---- camera ----
 def _photograph(rng: np.random.Generator, light: np.ndarray, eye: _Eye) -> np.ndarray:
     """Uneven light, blur, the colour of this camera, and noise: uint8 (H, W, 3)."""
     slope, falloff = rng.normal(0, 0.1, 2), rng.uniform(0.1, 0.35)

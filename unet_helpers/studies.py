@@ -134,16 +134,18 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
 
 def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool) -> Path:
     """The folder of a finished run, trained now if need be, after that which it starts from."""
-    run = study / "runs" / f"{arm.name}-{seed}"
+    run, kept = study / "runs" / f"{arm.name}-{seed}", study / "runs" / f"{arm.name}-{seed}" / "config.yaml"
     config = replace(arm.config, seed=seed, data=settle(arm.config.data))
     if arm.starts_from:
-        origin = make_run(study, arms, arms[arm.starts_from], seed, quiet)
+        origin = make_run(study, arms, arms[arm.starts_from], seed, quiet).resolve() / "model.safetensors"
         part = "weights" if arm.config.model.architecture == "unet" else "encoder_weights"
-        config = replace(config, model=replace(config.model, **{part: str(origin.resolve() / "model.safetensors")}))
-    if (run / "config.yaml").is_file() and result_settings(load_config(run / "config.yaml")) != result_settings(config):
+        config = replace(config, model=replace(config.model, **{part: str(origin)}))
+        if kept.is_file() and kept.stat().st_mtime < origin.stat().st_mtime:
+            raise UserError(f"{run}: has begun from other weights than {origin} holds now; delete that folder.")
+    if kept.is_file() and result_settings(load_config(kept)) != result_settings(config):
         raise UserError(f"{run}: holds a run of other settings than grid.yaml asks for; delete that folder.")
     if not (run / "metrics.json").is_file():
-        train(config, run, resume=(run / "config.yaml").is_file(), quiet=quiet)
+        train(config, run, resume=kept.is_file(), quiet=quiet)
     return run
 
 
@@ -203,8 +205,8 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
     to `high`; `difference`, `difference_low`, `difference_high` to the baseline, and `verdict`.
 
     All are validation Dice. Intervals are bootstrapped over seeds and groups (the views of one car, say), and `widened`
-    as so few seeds ask for; differences are between runs of one seed on the same images. The verdict is `better` or
-    `worse` where that interval excludes zero and there are `ENOUGH_SEEDS`. What has no rows has NaN: it was not run.
+    as so few ask for; differences are between runs of one seed on the same images. The verdict is `better` or `worse`
+    where it excludes zero and there are `ENOUGH_SEEDS`, not corrected for several arms. NaN: it was not run.
     """
     table, base = [], {row["seed"]: row for row in rows if row["arm"] == baseline}
     for name in arms:
@@ -219,20 +221,20 @@ def summarise_study(rows: list[dict], arms: dict[str, Arm], baseline: str) -> li
             entry["deviation"] = float(np.std(dices, ddof=1))
             entry["low"], entry["high"] = widened(entry["mean"], *interval, len(own))
         common = sorted(own.keys() & base.keys()) if name != baseline else []
-        if len(common) > 1 and all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common):
-            a, b = (counts_of([side[seed] for seed in common]) for side in (own, base))
+        same = all(own[seed]["counts"].keys() == base[seed]["counts"].keys() for seed in common)
+        a, b = (counts_of([side[seed] for seed in common]) for side in (own, base))
+        if len(common) > 1 and same and np.array_equal(a[..., ::2].sum(-1), b[..., ::2].sum(-1)):  # of the same masks
             found = paired_difference(a, b, score_of(a[0]))
-            low, high = widened(found["difference"], found["low"], found["high"], len(common))
-            entry |= {"difference": found["difference"], "difference_low": low, "difference_high": high}
+            entry |= {name: found[name.removeprefix("difference_")] for name in FOUND[-3:]}
             if len(common) >= ENOUGH_SEEDS:
-                entry["verdict"] = "better" if low > 0 else "worse" if high < 0 else ""
+                entry["verdict"] = "better" if found["low"] > 0 else "worse" if found["high"] < 0 else ""
         table.append(entry)
     return table
 
 
 def counts_of(rows) -> np.ndarray:
     """Counts of runs and their groups of images, (S, N, 4) or (S, N, K, 4)."""
-    return np.array([list(row["counts"].values()) for row in rows])
+    return np.array([[counts for _, counts in sorted(row["counts"].items())] for row in rows])
 
 
 def format_study(table: list[dict]) -> str:

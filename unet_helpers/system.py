@@ -114,10 +114,8 @@ def peak_memory(device: torch.device | None = None) -> float:
     """GiB of CUDA memory allocated at most; elsewhere of the process, libraries included (Linux, else NaN)."""
     if device and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; unlike `getrusage` it forgets what the program used that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
-    return float("nan")
+    status = Path("/proc/self/status")  # unlike `getrusage` it forgets what the program used that started this one
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20 if status.exists() else math.nan
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -169,12 +167,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The place to write a file of any size, which becomes `path` at the end and is gone if that fails; see above."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{time.time_ns()}.part"
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for wait in (0.1, 0.4, 1.6, 0):  # on Windows a virus scanner or OneDrive may hold a file for a moment
+            with suppress(*[PermissionError] * bool(wait)):
+                return os.replace(temporary, path)
+            time.sleep(wait)
     except OSError as error:
         raise write_error(path, error) from error
     finally:

@@ -122,8 +122,10 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     except (MemoryError, RuntimeError, ValueError) as error:
         if "more than 1 value per channel" in str(error):
             raise RunError("Batch norm has a single value to normalise: raise training.batch_size.") from error
-        if ("DataLoader worker" in str(error) and "exited" in str(error)) or "killed by signal" in str(error):
-            remedy = "lower training.workers, then go on with --resume."
+        if "DataLoader worker" in str(error) and any(
+            word in str(error) for word in ("exited", "signal", "shared memory")
+        ):
+            remedy = "lower training.workers (in Docker also: raise --shm-size), then go on with --resume."
             raise RunError(f"A process that prepares data was killed, as when the memory is full: {remedy}") from error
         if not system.memory_is_full(error):
             raise

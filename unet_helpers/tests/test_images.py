@@ -278,6 +278,31 @@ def test_pictures_without_a_round_aperture_are_all_field_of_view():
         assert field_of_view(image).all()
 
 
+def test_a_stack_is_refused_and_a_preview_is_not(tmp_path):
+    pages = [Image.fromarray(np.full((6, 8), value, np.uint8)) for value in (1, 2, 3)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    for read in (read_image, read_mask_values):
+        with pytest.raises(UserError, match=r"stack\.tif: a stack of 3 pictures: save each slice"):
+            read(tmp_path / "stack.tif")
+    small = [page.resize((4, 3)) for page in pages[1:2]] + [pages[2].resize((2, 1))]
+    pages[0].save(tmp_path / "pyramid.tif", save_all=True, append_images=small)
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "pyramid.tif"), np.ones((6, 8)))
+
+
+@pytest.mark.parametrize("first", [0, 255])
+def test_a_palette_of_black_and_white_is_read_by_its_colours(tmp_path, first):
+    """Programs that make pictures small number the two as they please: here white is 0, or black."""
+    mask = np.zeros((6, 8), np.uint8)
+    mask[2:4] = 255
+    picture = Image.fromarray(((mask != first) * 1).astype(np.uint8))
+    picture.putpalette([first] * 3 + [255 - first] * 3)
+    picture.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "a.png"), mask)
+    picture.putpalette([0, 0, 0, 128, 0, 0])  # dark red says nothing about which is the background
+    picture.save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_mask_values(tmp_path / "b.png"), (mask != first) * 1)
+
+
 def test_an_object_on_a_dark_ground_is_no_aperture():
     """A black surround is no reason to leave out what sticks out of a convex, but not round, bright thing."""
     disc = cv2.circle(np.zeros((200, 200), np.uint8), (80, 100), 70, 180, cv2.FILLED)

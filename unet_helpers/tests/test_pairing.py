@@ -100,6 +100,15 @@ def test_ambiguous_and_missing_masks_are_named():
         ("img/a.png", "img_masks/a.png"),
         ("IMG_1.jpg", "IMG_1_mask.png"),
         ("a.jpg", "a_ground_truth.png"),
+        ("Original/0.tif", "Ground Truth/0.tif"),
+        ("people_segmentation/images/a.png", "people_segmentation/masks/a.png"),
+        ("lgg-mri-segmentation/one/a_1.tif", "lgg-mri-segmentation/one/a_1_mask.tif"),
+        ("images/frames/a.png", "masks/frames/a.png"),
+        ("images/a.jpg", "annotations/trimaps/a.png"),
+        ("7_sat.jpg", "7_mask.png"),
+        ("plant1_rgb.png", "plant1_label.png"),
+        ("a.tif", "a-labelled.png"),
+        ("images/01_h.jpg", "manual1/01_h.tif"),
     ],
 )
 def test_layouts_without_splits(tmp_path, names):
@@ -116,11 +125,24 @@ def test_layouts_without_splits(tmp_path, names):
         ("val_images/a.png", "val_masks/a.png", "val"),
         ("test/a.jpg", "testannot/a.png", "test"),
         ("train/a.jpg", "train_masks/a_mask.gif", "train"),
+        ("train_set/images/a.png", "train_set/masks/a.png", "train"),
+        ("testdata/img/a.jpg", "testdata/mask/a.png", "test"),
     ],
 )
 def test_layouts_with_splits(tmp_path, image, mask, split):
     (pair,) = read_folder(touch(tmp_path, image, mask, ".cache/b.png", "__MACOSX/c.png", "notes.txt"))
     assert (pair.image, pair.mask, pair.split) == (tmp_path / image, tmp_path / mask, split)
+
+
+def test_a_field_of_view_and_a_second_mask_are_named(tmp_path):
+    touch(tmp_path / "hrf", "images/01_h.jpg", "manual1/01_h.tif", "mask/01_h_mask.tif")
+    with pytest.raises(
+        UserError, match=r"mask.01_h_mask\.tif: no image is left for it: .* move it, or write pairs\.csv"
+    ):
+        read_folder(tmp_path / "hrf")
+    touch(tmp_path / "busi", "benign (4).png", "benign (4)_mask.png", "benign (4)_mask_1.png")
+    with pytest.raises(UserError, match=r"benign \(4\)_mask_1\.png: no image is left for it: rename, merge"):
+        read_folder(tmp_path / "busi")
 
 
 def test_folder_errors(tmp_path):
@@ -283,16 +305,21 @@ def test_a_list_says_what_belongs_together(tmp_path, mark, encoding, end):
         ("Image", "mask ", "split", "group", "remark"),
         ("a/x.png", "b/7.png", "Training", "eye 1", ""),
         ("a/y.png", "./b/../b/8.png", "", "", "blurred"),
+        ("a\\z.png", "b\\9.png", "", "", "written on Windows"),
     ]
     text = end.join(mark.join(line) for line in lines) + end
-    path = write_list(tmp_path, text, "a/x.png", "a/y.png", "b/7.png", "b/8.png", "a/unused.png", encoding=encoding)
+    path = write_list(
+        tmp_path, text, "a/x.png", "a/y.png", "a/z.png", "b/7.png", "b/8.png", "b/9.png", "a/no.png", encoding=encoding
+    )
     pairs = read_folder(path)
     assert [(pair.image, pair.mask) for pair in pairs] == [
         (tmp_path / "a/x.png", tmp_path / "b/7.png"),
         (tmp_path / "a/y.png", tmp_path / "b/8.png"),
+        (tmp_path / "a/z.png", tmp_path / "b/9.png"),
     ]
-    assert [(pair.split, pair.group, pair.folders) for pair in pairs] == [("train", "eye 1", ("a",)), ("", "", ("a",))]
-    assert groups_by_name(pairs, DataConfig.group_pattern) == ["eye 1", "a/y"]
+    expected = [("train", "eye 1", ("a",)), ("", "", ("a",)), ("", "", ("a",))]
+    assert [(pair.split, pair.group, pair.folders) for pair in pairs] == expected
+    assert groups_by_name(pairs, DataConfig.group_pattern) == ["eye 1", "a/y", "a/z"]
     assert read_folder(tmp_path) == pairs  # a list called pairs.csv need not be named
 
 

@@ -121,6 +121,8 @@ def test_the_best_epoch_is_the_first_with_the_highest_dice():
     assert best_after(0.6, 0.5, 0.3) == 0
     assert best_after(nan, nan, nan) == 2  # nothing to find in the validation images: the latest
     assert best_after(nan, 0.2, 0.1) == 1
+    assert best_after(0.0, 0.0, 0.0) == 2  # the same, but false alarms
+    assert best_after(0.0, 0.2, 0.0) == 1
 
 
 def test_a_history_reads_back_what_was_recorded(run):
@@ -177,6 +179,7 @@ def test_an_ensembles_threshold_is_chosen_on_validation_images_when_asked(ensemb
     assert evaluate(ensemble)["threshold"] == opened.threshold
     (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics | {"threshold": 0.7}))  # `a` was trained again
     assert load_run(ensemble).threshold == pytest.approx((0.7 + 0.9) / 2)
+    assert load_run(ensemble).metrics["reads"] == opened.metrics["reads"]
     (ensemble / "a" / "metrics.json").write_text(json.dumps(metrics))
     assert load_run(ensemble).threshold == opened.threshold
     shutil.copytree(trained_run, ensemble / "c")  # now it is another ensemble

@@ -232,6 +232,20 @@ def test_paired_interval_is_narrower_than_either_models_own():
     assert back["better"] is False
 
 
+@pytest.mark.parametrize(("seeds", "images"), [(1, 4), (1, 8), (1, 20), (3, 20), (5, 20), (20, 4)])
+def test_an_interval_of_a_difference_misses_zero_in_one_of_twenty_nulls(seeds, images):
+    """Both are equally good on average: by luck of the images, and with several seeds of the seeds (hits of 1,000)."""
+    rng, missed, repeats = np.random.default_rng(seeds), 0, 400
+    for _ in range(repeats):
+        luck = rng.normal(0, 12, (1, images)) if seeds == 1 or images == 4 else rng.normal(0, 12, (seeds, 1))
+        hits = (800 + luck + rng.normal(0, 2, (seeds, images))).round()
+        a, b = (np.stack([x, 0 * x + 100, 1000 - x, 0 * x + 9000], -1) for x in (hits, 0 * hits + 800))
+        result = paired_difference(a, b, dice, samples=400)
+        assert result["better"] == (result["low"] > 0)
+        missed += not result["low"] <= 0 <= result["high"]
+    assert missed <= 0.05 * repeats + 3 * math.sqrt(0.05 * 0.95 * repeats)  # three standard deviations
+
+
 def test_a_model_is_not_better_than_itself():
     result = paired_difference(counts_of(), counts_of(), dice)
     assert result == {"difference": 0.0, "low": 0.0, "high": 0.0, "better": False}

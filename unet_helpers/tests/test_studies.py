@@ -144,6 +144,19 @@ def test_an_interrupted_arm_goes_on_however_the_study_is_named(finished, study, 
         assert [row["arm"] for row in run_study(path, ["again"], quiet=True)] == ["again"]
 
 
+def test_a_run_that_began_from_other_weights_is_not_taken(finished, study, small_config):
+    """Its settings name the folder of the weights, which is the same whatever was trained there."""
+    keep(finished, study, "plain", "again")
+    arms = yaml.safe_load((study / "grid.yaml").read_text())["arms"]
+    write_grid(study, small_config, arms=arms | {"plain": {"seeds": 2, "training.learning_rate": 0.02}})
+    shutil.rmtree(study / "runs" / "plain-0")
+    shutil.rmtree(study / "runs" / "plain-1")
+    with pytest.raises(UserError, match=r"again-1: has begun from other weights .* delete that folder"):
+        run_study(study, ["plain", "again"], quiet=True)
+    shutil.rmtree(study / "runs" / "again-1")
+    assert len(run_study(study, ["plain", "again"], quiet=True)) == 3
+
+
 def test_of_smps_networks_the_encoder_alone_starts_from_another_arm(study, small_config):
     smp = {"seeds": 1, "model.architecture": "Unet", "model.encoder": SMALL_ENCODER}
     write_grid(study, small_config, arms={"plain": smp, "later": {**smp, "starts_from": "plain"}})
@@ -326,10 +339,10 @@ def row_of(arm: str, seed: int, dices: np.ndarray) -> dict:
     return {"arm": arm, "seed": seed, "val_dice": dice, "counts": dict(zip(IMAGES, counts.tolist(), strict=True))}
 
 
-def simulated(rng, shift: float = 0.0, seeds: int = 5, image_noise: float = 0.003) -> list[dict]:
-    """Two arms: images differ by .02, seeds by .003, and each image from seed to seed by `image_noise`."""
+def simulated(rng, shift=0.0, seeds=5, image_noise=0.003, arm_noise=0.0) -> list[dict]:
+    """Two arms: images differ by .02, seeds by .003, images from seed to seed and from arm to arm by what is given."""
     images, rows = 0.8 + rng.normal(0, 0.02, 4), []
-    for arm, gain in (("one", 0.0), ("two", shift)):
+    for arm, gain in (("one", 0.0), ("two", shift + rng.normal(0, arm_noise, 4) if arm_noise else shift)):
         for seed in range(seeds):
             noise = rng.normal(0, 0.003) + rng.normal(0, image_noise, 4)
             rows.append(row_of(arm, seed, images + gain + noise))
@@ -354,6 +367,13 @@ def test_identical_arms_that_differ_by_seeds_alone():
     """The hardest case, as images then say nothing: 5.5% in the long run, and at most 7 of 100 are allowed."""
     found = verdicts(500, image_noise=0.0)
     assert found.count("better") + found.count("worse") <= 35
+
+
+@pytest.mark.parametrize("seeds", [5, 20])
+def test_arms_that_differ_by_image_but_not_on_average_are_rarely_told_apart(seeds):
+    """However many seeds there are, four images are four."""
+    found = verdicts(100, seeds=seeds, image_noise=0.001, arm_noise=0.01)
+    assert found.count("better") + found.count("worse") <= 7
 
 
 def test_a_difference_far_above_the_noise_is_found_and_not_claimed_with_few_seeds():
@@ -385,6 +405,24 @@ def test_arms_scored_on_other_images_are_not_compared():
     for row in rows[5:]:
         row["counts"] = {f"other {name}": counts for name, counts in row["counts"].items()}
     assert math.isnan(summarise_study(rows, {"one": None, "two": None}, "one")[1]["difference"])
+
+
+def test_arms_scored_on_other_masks_are_not_compared():
+    rows = simulated(np.random.default_rng(0))
+    for row in rows[5:]:  # a hundred more vessel pixels in each image, all missed
+        row["counts"] = {name: [tp, fp, fn + 100, tn - 100] for name, (tp, fp, fn, tn) in row["counts"].items()}
+    assert math.isnan(summarise_study(rows, {"one": None, "two": None}, "one")[1]["difference"])
+    for row in rows[5:]:
+        row["counts"] = {name: [counts, counts] for name, counts in row["counts"].items()}  # two classes
+    assert math.isnan(summarise_study(rows, {"one": None, "two": None}, "one")[1]["difference"])
+
+
+def test_images_are_compared_by_name():
+    rows = simulated(np.random.default_rng(0))
+    expected = summarise_study(rows, {"one": None, "two": None}, "one")
+    for row in rows[5:]:
+        row["counts"] = dict(reversed(row["counts"].items()))
+    assert summarise_study(rows, {"one": None, "two": None}, "one") == expected
 
 
 def test_several_classes_and_a_single_seed():

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,18 +342,21 @@ def test_full_memory_says_which_setting_to_lower(small_config, tmp_path, monkeyp
 
 def test_a_history_that_another_program_holds_open_does_not_end_the_training(small_config, tmp_path, monkeypatch):
     """As Windows refuses to replace what a spreadsheet shows; the checkpoint holds the history, too."""
-    real, refused = os.replace, []
+    real, refused, waited = os.replace, Counter(), []
 
     def replace(source, target):
-        if Path(target).name == "history.csv" and len(refused) < 2:
-            refused.append(target)
+        name = Path(target).name
+        refused[name] += 1
+        if refused[name] <= {"history.csv": 6, "model.safetensors": 3}.get(name, 0):  # the latter for a moment only
             raise PermissionError(13, "Permission denied", str(target))
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(time, "sleep", waited.append)
     train(small_config, tmp_path / "run", quiet=True)
-    assert len(refused) == 2
+    assert waited[:3] == [0.1, 0.4, 1.6]
     assert len(read_history(tmp_path / "run" / "history.csv")) == 1 + small_config.training.epochs
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(trained_run, small_config):
