@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.morphology import skeletonize
 
+from unet_helpers import metrics
 from unet_helpers import scores as formulas
 from unet_helpers.config import DataConfig, UserError, dump_config, load_config
 from unet_helpers.datasets import WholeImages, find_samples, load_sample
 from unet_helpers.evaluation import (
+    Evaluation,
     choose_threshold,
     compare,
     evaluate,
@@ -22,6 +24,7 @@ from unet_helpers.evaluation import (
     samples_of,
     score_images,
     score_run,
+    summarise,
 )
 from unet_helpers.prediction import predict
 from unet_helpers.runs import load_run
@@ -176,6 +179,22 @@ def test_several_classes(small_config, tmp_path):
     assert scores["threshold"] is None
     assert scores["accuracy"] == scores["correct"] / scores["total"]
     assert "binary" in scores["undefined"]["cldice"]
+
+
+def test_draws_without_a_class_do_not_count_in_its_interval():
+    """Of ten images two hold class 2, half of it found; in the others there are a few false alarms."""
+    counts = np.tile([[9000, 90, 90, 820], [700, 80, 80, 9140], [0, 2, 0, 9998]], (10, 1, 1))
+    counts[:2, 2] = [[40, 2, 60, 9898], [60, 2, 40, 9898]]
+    names, table = [f"{number}" for number in range(10)], metrics.ConfusionMatrix(3)
+    table.table = torch.tensor([[9000, 90, 2], [90, 700, 2], [5, 5, 100]])
+    histograms = [metrics.BinaryHistogram() for _ in range(3)]
+    summary = summarise(Evaluation(3, ["a", "b", "c"], names, table, histograms, names, list(counts)), None, True)
+    low, high = summary["per_class_dice_ci95"][2]
+    assert formulas.dice([40, 20, 60, 0]) <= low < formulas.dice(counts[:, 2].sum(0)) < high
+    absent = counts.copy()
+    absent[:2, 2] = [0, 2, 0, 9998]
+    summary = summarise(Evaluation(3, ["a", "b", "c"], names, table, histograms, names, list(absent)), None, True)
+    assert np.isnan(summary["per_class_dice_ci95"][2]).all()
 
 
 def test_areas_of_several_classes_are_means_over_one_class_against_the_rest(three_classes):

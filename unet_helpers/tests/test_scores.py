@@ -173,6 +173,22 @@ def test_equal_to_drawing_images_by_hand():
     assert low < dice(counts.sum(0)) < high
 
 
+@pytest.mark.parametrize(("images", "covered"), [(4, 0.78), (20, 0.91)])
+def test_an_interval_of_few_images_is_as_narrow_as_its_docstring_says(images, covered):
+    """Eyes of unequal difficulty: how often a 95% interval holds the score of all eyes there might be."""
+    rng, repeats = np.random.default_rng(images), 600
+
+    def draw(count: int) -> np.ndarray:
+        hits = (1000 * rng.beta(16, 4, count)).round()
+        return np.stack([hits, 0 * hits + 200, 1000 - hits, 0 * hits + 8000], -1)
+
+    truth, held = dice(draw(200_000).sum(0)), 0
+    for _ in range(repeats):
+        low, high = bootstrap_interval(draw(images), dice, samples=500)
+        held += low <= truth <= high
+    assert held / repeats == pytest.approx(covered, abs=3 * math.sqrt(covered * (1 - covered) / repeats))
+
+
 def test_pools_before_it_divides():
     counts = np.array([[1000, 0, 0, 0], [0, 1, 1, 0]])  # pooled Dice of one each .999, mean per image .5
     draws = [dice(counts[list(pair)].sum(0)) for pair in product([0, 1], repeat=2)]
