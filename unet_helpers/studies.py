@@ -134,7 +134,8 @@ def run_study(study: Path | str, only: list[str] | None = None, quiet: bool = Fa
 
 def make_run(study: Path, arms: dict[str, Arm], arm: Arm, seed: int, quiet: bool) -> Path:
     """The folder of a finished run, trained now if need be, after that which it starts from."""
-    run, kept = study / "runs" / f"{arm.name}-{seed}", study / "runs" / f"{arm.name}-{seed}" / "config.yaml"
+    run = study / "runs" / f"{arm.name}-{seed}"
+    kept = run / "config.yaml"
     config = replace(arm.config, seed=seed, data=settle(arm.config.data))
     if arm.starts_from:
         origin = make_run(study, arms, arms[arm.starts_from], seed, quiet).resolve() / "model.safetensors"

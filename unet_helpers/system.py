@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +173,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         for wait in (0.1, 0.4, 1.6, 0):  # on Windows a virus scanner or OneDrive may hold a file for a moment
-            with suppress(*[PermissionError] * bool(wait)):
+            with suppress(PermissionError) if wait else nullcontext():
                 return os.replace(temporary, path)
             time.sleep(wait)
     except OSError as error:

@@ -8,6 +8,7 @@ statistics are each process's own, as everywhere in torch without `SyncBatchNorm
 
 import math
 import platform
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -122,9 +123,7 @@ def train(config: Config, run: Path | str, resume: bool = False, quiet: bool = F
     except (MemoryError, RuntimeError, ValueError) as error:
         if "more than 1 value per channel" in str(error):
             raise RunError("Batch norm has a single value to normalise: raise training.batch_size.") from error
-        if "DataLoader worker" in str(error) and any(
-            word in str(error) for word in ("exited", "signal", "shared memory")
-        ):
+        if re.search("(?s)DataLoader worker.*(exited|killed by signal|allocate shared memory)", str(error)):
             remedy = "lower training.workers (in Docker also: raise --shm-size), then go on with --resume."
             raise RunError(f"A process that prepares data was killed, as when the memory is full: {remedy}") from error
         if not system.memory_is_full(error):

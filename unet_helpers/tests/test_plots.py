@@ -1,5 +1,8 @@
 import io
+import json
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -15,6 +18,8 @@ from unet_helpers.plots import (
     plot_history,
     to_png,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_error_map_of_a_hand_made_case():
@@ -57,6 +62,22 @@ def test_colours_stay_apart_for_colour_blind_readers(count):
         lab = rgb2lab((1.055 * seen ** (1 / 2.4) - 0.055).clip(0, 1)[None])[0]
         distances = np.linalg.norm(lab[:, None] - lab[None], axis=-1)[np.triu_indices(count, 1)]
         assert distances.min() > 6
+
+
+def test_a_confusion_matrix_shows_shares_of_each_true_class():
+    """Drawn by a cell of notebook 06, which is run here without the networks before it."""
+    notebook = json.loads((ROOT / "notebooks" / "06_multiclass.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {"np": np, "plt": plt, "tests": {}}
+    exec(next(source for source in sources if "def show_confusion" in source), names)
+    names["show_confusion"]([[3, 1, 0], [0, 0, 0], [1, 1, 2]], ["a", "b", "c"], "made up")
+    figure = plt.gcf()
+    axes = figure.axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.75, 0.25, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "truth")
+    assert to_png(figure).startswith(b"\x89PNG")
+    plt.close(figure)
 
 
 def test_history_is_drawn_even_where_dice_is_undefined():

@@ -340,6 +340,18 @@ def test_full_memory_says_which_setting_to_lower(small_config, tmp_path, monkeyp
         train(small_config, tmp_path / "run", quiet=True)
 
 
+def test_too_little_shared_memory_says_so(small_config, tmp_path, monkeypatch):
+    """As in Docker, whose /dev/shm has 64 MB; the message is torch's."""
+
+    def full(*arguments):
+        where = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        raise RuntimeError(f"{where}RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: 28")
+
+    monkeypatch.setattr(training, "train_step", full)
+    with pytest.raises(RunError, match=r"^A process that prepares data .*training\.workers .*--shm-size"):
+        train(small_config, tmp_path / "run", quiet=True)
+
+
 def test_a_history_that_another_program_holds_open_does_not_end_the_training(small_config, tmp_path, monkeypatch):
     """As Windows refuses to replace what a spreadsheet shows; the checkpoint holds the history, too."""
     real, refused, waited = os.replace, Counter(), []
